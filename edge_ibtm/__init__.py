@@ -1,11 +1,15 @@
 """edge_ibtm: token merging that fits vision transformers to phones.
 
-Names are loaded on first use, so that `import edge_ibtm` stays cheap.
+Names are loaded on first use, so that `import edge_ibtm` stays cheap. Some functions share the name of the module that
+holds them (`edge_ibtm.finetune`): as an attribute of the package the name is the function, always; the module is reached
+with `from edge_ibtm.finetune import ...`.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 _HOME = {
@@ -40,3 +44,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps importing a submodule from hiding the public function of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
