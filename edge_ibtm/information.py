@@ -1,8 +1,8 @@
 """Information bottleneck of features against inputs and labels, from soft cluster assignments alone.
 
-All quantities are in nats. `phi [n, A]` holds one soft assignment a row (rows sum to one), `q [A, classes]` one
-distribution over clusters a column. Sources: DESIGN 3.1 and 3.2; the bound of "Efficient Visual Transformer by
-Information Bottleneck Inspired Token Merging" and of LTM (arXiv 2407.15219); the conditional bound is Fischer's
+All quantities are in nats. `phi [n, A]` holds one soft assignment a row (rows sum to one), `q [A, classes]`
+one distribution over clusters a column. Sources: the bound of "Efficient Visual Transformer by Information
+Bottleneck Inspired Token Merging" and of LTM (arXiv 2407.15219); the conditional bound is Fischer's
 conditional entropy bottleneck (arXiv 2002.05379) on cluster assignments.
 """
 
@@ -69,7 +69,7 @@ def ib_from_joints(with_inputs: Tensor, with_labels: Tensor) -> Tensor:
 
 
 def ib_loss(phi_merged: Tensor, phi_input: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """IB = I(x~; x) - I(x~; y) of merged features phi [n, A] against inputs phi [n, B] and labels [n] -> scalar."""
+    """IB = I(x~; x) - I(x~; y): phi of merged features [n, A], of inputs [n, B], labels [n] -> scalar."""
     return ib_from_joints(
         joint_with_inputs(phi_merged, phi_input), joint_with_labels(phi_merged, labels, classes)
     )
@@ -80,7 +80,7 @@ def ib_bound(
 ) -> Tensor:
     """Variational upper bound of the IB loss -> scalar.
 
-    phi_merged [n, A], phi_input [n, B], labels [n], q [A, classes] any distribution over clusters given the class.
+    phi_merged [n, A], phi_input [n, B], labels [n], q [A, classes] any distribution of clusters by class.
     The paper's bound IBB satisfies IB <= IBB + input_entropy(phi_input). With `conditional` the bound is
     IBB_cond = mean_i KL(phi(x~_i) || Q(. | y_i)) >= IB, which does not use phi_input (DESIGN 3.1).
     """
@@ -107,7 +107,7 @@ def posterior(q: Tensor, prior: Tensor) -> Tensor:
 def ib_step_matrix(q: Tensor, prior: Tensor, floor: float = 1e-4) -> Tensor:
     """L[a, a'] = -sum_y log Q(a|y) Qhat(y|a') -> [A, A]: psi = L phi needs no label (DESIGN 3.2).
 
-    `floor` bounds log Q from below: a cluster not seen with a class in the statistics must not outweigh all others.
+    `floor` bounds Q from below: a cluster never seen with a class must not outweigh all others.
     """
     return -(q.clamp_min(floor).log() @ posterior(q, prior).T)
 
@@ -120,14 +120,14 @@ def ib_gradient(
     conditional: bool = False,
     on_sphere: bool = False,
 ) -> Tensor:
-    """Closed form of d IBB / d x~ (DESIGN 3.2) for features [B, D], centroids [A, D], step [A, A] -> v [B, D].
+    """Closed form of d IBB / d x~: features [B, D], centroids [A, D], step L [A, A] -> v [B, D] (DESIGN 3.2).
 
         psi = L phi (+ log phi, conditional bound);   v = 2 beta sum_a phi_a (psi_a - <phi, psi>) C_a
 
-    The class posterior inside psi is held fixed. `on_sphere` drops the part of v along the features: the gradient
-    for L2-normalised x~. A site pools m = sum_n w_n s_n z_n / sum_n w_n s_n and x~ = m / |m|; then <m, v> = 0 and
-    d IBB / d w_n is a positive multiple of <z_n, v>, so that g_n - eta <z_n, v> descends for every small eta > 0,
-    which the plain v does not promise. Made of matrix products and a softmax only, so it exports.
+    The class posterior inside psi is held fixed. `on_sphere` drops the part of v along the features: the
+    gradient for L2-normalised x~. A site pools m = sum_n w_n s_n z_n / sum_n w_n s_n and x~ = m / |m|; then
+    <m, v> = 0 and d IBB / d w_n is a positive multiple of <z_n, v>, so that g_n - eta <z_n, v> descends for
+    every small eta > 0, which the plain v does not promise. Matrix products and a softmax only: it exports.
     """
     phi = soft_assign(features, centroids, beta)
     psi = phi @ step.T
