@@ -1,0 +1,112 @@
+"""PT2E quantization for XNNPACK: static int8 per channel, dynamic int8, mixed precision.
+
+Source: torchao's PT2E flow (capture, prepare, calibrate, convert) with ExecuTorch's XNNPACKQuantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from edge_ibtm.errors import UsageError, lookup
+
+# Modules whose arithmetic picks tokens: comparisons are written as clamps of huge numbers there, quantizing them
+# would change which tokens merge.
+FLOAT_MODULES = ("edge_ibtm.mergers", "edge_ibtm.tokens", "edge_ibtm.backbones")
+HEAVY = {torch.ops.aten.linear.default, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default}
+
+
+def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int8", **options: Any) -> nn.Module:
+    """The converted graph module of `model`, ready for `lower`; the model itself is untouched.
+
+    calibration: batches of images [B, 3, H, W] (or tuples that begin with them), all of one shape; the graph
+    keeps the shape of the first. scheme: "int8" (weights per channel, activations static), "int8_dynamic"
+    (linear layers only, activations measured at run time), "mixed" (int8, the worst layers left in float).
+    """
+    convert = lookup("quantization scheme", scheme, SCHEMES)
+    batches = [_images(batch) for batch in calibration]
+    if not batches:
+        raise UsageError("quantization needs at least one calibration batch, got none")
+    return convert(model, batches, **options)
+
+
+def _images(batch: Any) -> torch.Tensor:
+    images = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(images, torch.Tensor):
+        raise UsageError(f"a calibration batch must be a tensor of images, got {type(images).__name__}")
+    return images
+
+
+def capture_graph(model: nn.Module, example: torch.Tensor) -> torch.fx.GraphModule:
+    """The rewritten model as a graph module, its operators not yet decomposed."""
+    from edge_ibtm.rewrite import prepare_for_export
+
+    with torch.no_grad():
+        return torch.export.export(prepare_for_export(model), (example,)).module()
+
+
+def module_types(node: Node) -> list[str]:
+    """Dotted class names of the modules a node was traced in, outermost first."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for _, t in stack]
+
+
+def module_path(node: Node) -> str:
+    """Dotted name of the innermost module a node was traced in."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0].removeprefix("L['self'].") if stack else ""
+
+
+def quantizable(node: Node) -> bool:
+    """Whether a node may be quantized: products with weights anywhere, the rest never inside a merge site."""
+    if node.target in HEAVY:
+        return _has_weight(node)
+    return False
+
+
+def _has_weight(node: Node) -> bool:
+    return isinstance(node.args[1], Node) and node.args[1].op == "get_attr"
+
+
+def quantizer(*, dynamic: bool = False, qat: bool = False, keep: Callable[[Node], bool] = quantizable) -> Any:
+    """An XNNPACKQuantizer with per-channel weights that annotates the nodes `keep` accepts."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+
+    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic, is_qat=qat)
+    return XNNPACKQuantizer().set_global(config).set_filter_function(keep)
+
+
+def _static(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    return convert_static(capture_graph(model, batches[0]), batches, quantizable)
+
+
+def convert_static(graph: Any, batches: list[torch.Tensor], keep: Callable[[Node], bool]) -> nn.Module:
+    """Prepare, calibrate and convert a captured graph; nodes that `keep` refuses stay in float."""
+    return _convert(graph, batches, quantizer(keep=keep))
+
+
+def _dynamic(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    return _convert(capture_graph(model, batches[0]), batches[:1], quantizer(dynamic=True))
+
+
+def _convert(graph: Any, batches: list[torch.Tensor], chosen: Any) -> nn.Module:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    prepared = prepare_pt2e(graph, chosen)
+    size = batches[0].shape
+    with torch.no_grad():
+        for batch in batches:
+            for piece in batch.split(size[0]):
+                if piece.shape == size:
+                    prepared(piece)
+    return convert_pt2e(prepared)
+
+
+SCHEMES: dict[str, Callable[..., nn.Module]] = {"int8": _static, "int8_dynamic": _dynamic}

@@ -1,0 +1,45 @@
+"""XNNPACK: ExecuTorch's CPU backend for Android, iOS, macOS, Linux and Windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_ibtm.errors import EdgeIBTMError
+from edge_ibtm.targets.common import (
+    Artifact,
+    capture,
+    delegation,
+    first_line,
+    run_pte,
+    sha256_of,
+    size_of,
+    write_program,
+)
+
+__all__ = ["lower_xnnpack", "run_pte"]
+
+
+def lower_xnnpack(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> Artifact:
+    """Lower to a `.pte` whose delegated parts run in XNNPACK (fp32, or int8 where the graph is quantized)."""
+    program = capture(model, inputs)
+    try:
+        edge = _to_edge(program)
+        counts = delegation(edge.exported_program().graph_module)
+        lowered = edge.to_executorch()
+    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise EdgeIBTMError(f"lowering to xnnpack failed: {first_line(error)}") from error
+    write_program(lowered, path)
+    return Artifact(path, "xnnpack", size_of(path), *counts[:3], sha256_of(path), counts[3])
+
+
+def _to_edge(program: torch.export.ExportedProgram) -> Any:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.utils.configs import get_transform_passes
+    from executorch.exir import to_edge_transform_and_lower
+
+    return to_edge_transform_and_lower(
+        program, partitioner=[XnnpackPartitioner()], transform_passes=get_transform_passes()
+    )

@@ -1,0 +1,124 @@
+"""An artifact against the model it came from, by loading and running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edge_ibtm.errors import GateError, UsageError
+from edge_ibtm.targets.common import Artifact, check_example
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a verdict must reach. sqnr_db in dB; top1_agreement and cosine in 0..1; max_abs in output units."""
+
+    sqnr_db: float | None = 80.0
+    cosine: float | None = None
+    max_abs: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How near the artifact's outputs are to the reference's, over `samples` rows of output."""
+
+    sqnr_db: float
+    cosine: float
+    max_abs: float
+    top1_agreement: float
+    samples: int
+    ok: bool
+    failures: tuple[str, ...] = ()
+
+    def require(self, what: str = "the artifact") -> Verdict:
+        """Itself, or GateError that names the limits that were missed."""
+        if not self.ok:
+            raise GateError(f"{what} does not match its reference: {'; '.join(self.failures)}")
+        return self
+
+
+def verify(reference: nn.Module, artifact: Any, inputs: Any, *, limits: Limits | None = None) -> Verdict:
+    """Run the artifact and its reference on the same images and compare the outputs.
+
+    reference: eager or converted module, images -> logits [B, classes]. artifact: Artifact or path of a `.pte`,
+    `.pt2` or `.mlpackage`. inputs: one batch [B, 3, H, W], or a list of batches, each of the lowered shape or a
+    multiple of it (cut into pieces of the lowered batch). Raises UsageError for a file that cannot be run here.
+    """
+    path = Path(artifact.path if isinstance(artifact, Artifact) else artifact)
+    batches = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+    run = runner_of(path, check_example(batches)[0])
+    with torch.no_grad():
+        wanted = [run_reference(reference, batch) for batch in batches]
+        got = [run(batch) for batch in batches]
+    return compare_outputs(torch.cat(wanted), torch.cat(got), limits or Limits())
+
+
+def run_reference(reference: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Outputs of an eager module, or of a captured graph in pieces of the batch it was captured with."""
+    if not isinstance(reference, torch.fx.GraphModule):
+        return _first(reference(images))
+    inputs = [n for n in reference.graph.nodes if n.op == "placeholder"]
+    size = inputs[0].meta["val"].shape[0] if "val" in inputs[0].meta else 1
+    return torch.cat([_first(reference(piece)) for piece in images.split(int(size))])
+
+
+def runner_of(path: Path, sample: torch.Tensor) -> Any:
+    """A function images [B, 3, H, W] -> outputs that runs the artifact at `path` on this host."""
+    if path.suffix == ".pte":
+        return _pte_runner(path)
+    if path.suffix == ".pt2":
+        module = torch.export.load(path).module()
+        size = sample.shape[0]
+        return lambda images: torch.cat([_first(module(piece)) for piece in images.split(size)])
+    if path.suffix == ".mlpackage":
+        from edge_ibtm.targets.coreml import run_mlpackage
+
+        return lambda images: run_mlpackage(path, images)
+    raise UsageError(f"cannot verify {path}: a .pte, .pt2 or .mlpackage is needed")
+
+
+def _pte_runner(path: Path) -> Any:
+    from edge_ibtm.targets.common import check_inputs, load_pte
+
+    method = load_pte(path)
+    size = method.metadata.input_tensor_meta(0).sizes()[0]
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        pieces = images.contiguous().split(size)
+        for piece in {tuple(p.shape): p for p in pieces}.values():
+            check_inputs(method, (piece,))
+        return torch.cat([method.execute((piece.contiguous(),))[0].clone() for piece in pieces])
+
+    return run
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def compare_outputs(wanted: torch.Tensor, got: torch.Tensor, limits: Limits) -> Verdict:
+    """Verdict of two outputs [B, ...]. SQNR in dB = 10 log10(|wanted|^2 / |wanted - got|^2), at most 200."""
+    if wanted.shape != got.shape:
+        raise UsageError(f"the artifact's output has shape {tuple(got.shape)}, the reference's {tuple(wanted.shape)}")
+    a, b = wanted.detach().double().flatten(1), got.detach().double().flatten(1)
+    noise = float((a - b).square().sum())
+    sqnr = 200.0 if noise == 0 else min(200.0, 10 * float(torch.log10(a.square().sum() / noise)))
+    cosine = float(torch.cosine_similarity(a, b, dim=1).min())
+    agree = float((a.argmax(1) == b.argmax(1)).double().mean())
+    measured = {"sqnr_db": sqnr, "cosine": cosine, "top1_agreement": agree}
+    max_abs = float((a - b).abs().max())
+    failures = [
+        f"{name} {value:.4g} is below {getattr(limits, name):.4g}"
+        for name, value in measured.items()
+        if getattr(limits, name) is not None and not value >= getattr(limits, name)
+    ]
+    if limits.max_abs is not None and not max_abs <= limits.max_abs:
+        failures.append(f"max_abs {max_abs:.4g} is above {limits.max_abs:.4g}")
+    if not torch.isfinite(b).all():
+        failures.append("the artifact's output holds NaN or infinity")
+    return Verdict(sqnr, cosine, max_abs, agree, len(a), not failures, tuple(failures))
