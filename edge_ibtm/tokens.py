@@ -1,0 +1,268 @@
+"""Token arithmetic that knows no model: how many to keep, which to merge, merge, unmerge.
+
+Every choice is written as arithmetic on fixed shapes (a comparison is a clamp, a rank is a count, an index is a one-hot
+row), so that one and the same code trains, runs eagerly and lowers into a single delegate: no sort, gather or scatter is
+needed in the graph. Comparisons are exact, ties go to the lower position.
+
+Words: a *line* is a row of tokens that merge among themselves (a whole sequence, or one row or column of a grid); R lines
+of L tokens are handled at once. Even positions of a line are candidates to disappear, odd ones receive (ToMe,
+arXiv 2210.09461, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+
+_HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
+_PROTECTED = 1e4  # lowers a score below every cosine, however penalised
+_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where the tokens of R lines go.
+
+    slot: [R, 1, L], the 1-based output position of each token; 0 for a token that is dropped.
+    keep: number P of output tokens.
+    soft: None, or [R, P, L], zero in value, that carries the gradient of a straight-through decision.
+    """
+
+    slot: Tensor
+    keep: int
+    soft: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """The assignment S [R, P, L]: S[p, n] = 1 when token n goes to output p."""
+        positions = constant("positions", self.keep, like=self.slot)
+        hard = torch.clamp(1 - torch.abs(self.slot - positions), 0, 1)
+        return hard if self.soft is None else hard + self.soft
+
+
+@cache
+def _constant(kind: str, *size: int) -> np.ndarray:
+    makers = {
+        "positions": lambda n: np.arange(1, n + 1)[:, None],
+        "before": lambda n: np.tril(np.ones((n, n)), -1),
+        "upto": lambda n: np.triu(np.ones((n, n))),
+        "ones": lambda n: np.ones((n, 1)),
+        "falling": lambda n: np.arange(n, 0, -1),
+        "protect_even": lambda n, k: -_PROTECTED * (np.arange(n) * 2 < k)[:, None],
+        "protect_odd": lambda n, k: -_PROTECTED * (np.arange(n) * 2 + 1 < k),
+        "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),
+        "pooled": lambda n, keep: np.floor(np.arange(n) * keep / n)[None] + 1,
+        "head": lambda n, k: 2.0 * (np.arange(n) < k)[None],
+    }
+    return np.ascontiguousarray(makers[kind](*size)[None], dtype=np.float32)
+
+
+def constant(kind: str, *size: int, like: Tensor) -> Tensor:
+    """A small constant [1, ...] in float32 on the device of `like`; exported as a constant, not as operators."""
+    value = torch.from_numpy(_constant(kind, *size))
+    return value if like.device.type in ("cpu", "meta") else value.to(like.device)
+
+
+def kept_tokens(tokens: int, keep_ratio: float, prefix: int = 0) -> int:
+    """Tokens left of `tokens` when a share `keep_ratio` of all but the first `prefix` is kept (rounded half up).
+
+    Raises UsageError for a ratio outside (0, 1] or a prefix that leaves no tokens.
+    """
+    check_ratio(keep_ratio)
+    if not 0 <= prefix <= tokens:
+        raise UsageError(f"prefix {prefix} is outside 0..{tokens} (the number of tokens)")
+    free = tokens - prefix
+    return prefix + min(free, max(1, int(keep_ratio * free + 0.5 + 1e-9))) if free else tokens
+
+
+def check_ratio(keep_ratio: float) -> None:
+    """Raise UsageError unless 0 < keep_ratio <= 1."""
+    if not (isinstance(keep_ratio, int | float) and 0 < keep_ratio <= 1):
+        raise UsageError(f"keep ratio {keep_ratio!r} is outside (0, 1]; 0.7 keeps 70 % of the tokens")
+
+
+def kept_grid(height: int, width: int, keep_ratio: float) -> tuple[int, int]:
+    """The grid (H', W') whose area is nearest to keep_ratio * H * W, sides cut alike, each side at least halved at most.
+
+    Sides longer than 16 are cut into equal tiles that merge on their own, so H' and W' are multiples of the number of
+    tiles. Raises UsageError for a ratio outside (0, 1] or below what one matching per axis can reach (a quarter).
+    """
+    check_ratio(keep_ratio)
+    sides = [[t * k for k in range((s // t + 1) // 2, s // t + 1)] for s in (height, width) for t in [tiles(s)]]
+    best = min(
+        ((h, w) for h in sides[0] for w in sides[1]),
+        key=lambda hw: (_misfit(hw, (height, width), keep_ratio), -hw[0]),
+    )
+    least = sides[0][0] * sides[1][0] / (height * width)
+    if keep_ratio < least - 1e-9 and best == (sides[0][0], sides[1][0]) and height * width > 1:
+        raise UsageError(
+            f"keep ratio {keep_ratio} is below {least:.3f}, the least that one matching per axis leaves of a "
+            f"{height} x {width} grid; raise the ratio"
+        )
+    return best
+
+
+def _misfit(kept: tuple[int, int], full: tuple[int, int], ratio: float) -> float:
+    h, w = kept[0] / full[0], kept[1] / full[1]
+    return abs(h * w - ratio) + 0.1 * abs(h - w)
+
+
+def tiles(side: int, longest: int = 16) -> int:
+    """The least number of equal tiles of at most `longest` tokens that a side can be cut into; 1 when there is none."""
+    return next((t for t in range(1, side // 2 + 1) if side % t == 0 and side // t <= longest), 1)
+
+
+def greater(a: Tensor, b: Tensor, tie: Tensor | float = 0.0) -> Tensor:
+    """1.0 where a > b, `tie` where a == b, else 0.0; exact in float32, written without a comparison."""
+    return torch.clamp((a - b) * _HUGE + tie, 0, 1)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Even and odd positions of x [R, L, D]: [R, ceil(L/2), D] and [R, floor(L/2), D], by views and slices only."""
+    lines, length, dim = x.shape
+    pairs = length // 2
+    paired = x[:, : 2 * pairs].reshape(lines, pairs, 2 * dim)
+    even, odd = paired[..., :dim], paired[..., dim:]
+    return (torch.cat([even, x[:, 2 * pairs :]], 1) if length % 2 else even), odd
+
+
+def interleave(even: Tensor, odd: Tensor) -> Tensor:
+    """The inverse of `halves` on the last axis: [R, 1, a] and [R, 1, b] -> [R, 1, a + b]."""
+    lines, _, pairs = odd.shape
+    woven = torch.cat([even[..., :pairs].reshape(lines, pairs, 1), odd.reshape(lines, pairs, 1)], 2)
+    woven = woven.reshape(lines, 1, 2 * pairs)
+    return torch.cat([woven, even[..., pairs:]], 2) if even.shape[-1] > pairs else woven
+
+
+def row_max(x: Tensor) -> Tensor:
+    """Maximum over the last axis, kept as an axis of 1, by pairwise maxima."""
+    while (n := x.shape[-1]) > 1:
+        half = (n + 1) // 2
+        x = torch.maximum(x[..., :half], x[..., n - half :])
+    return x
+
+
+def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum over the last axis [..., 1] and the one-hot of its first position [..., n]."""
+    top = row_max(x)
+    equal = 1 - greater(top, x)
+    position = equal * constant("falling", x.shape[-1], like=x)
+    return top, torch.clamp(1 - (row_max(position) - position), 0, 1) * equal
+
+
+def rank(values: Tensor) -> Tensor:
+    """How many of values [R, L, 1] stand before each: larger ones, and equal ones at lower positions. -> [R, L, 1]"""
+    length = values.shape[1]
+    before = greater(values.reshape(-1, 1, length), values, constant("before", length, like=values))
+    return before @ constant("ones", length, like=values)[0]
+
+
+def unit(x: Tensor) -> Tensor:
+    """x [..., D] scaled to unit length over the last axis."""
+    norm = (x * x) @ constant("ones", x.shape[-1], like=x)[0].to(x.dtype)
+    return x * torch.rsqrt(norm + _EPS)
+
+
+def similarity(metric: Tensor) -> Tensor:
+    """Cosine similarity [R, ceil(L/2), floor(L/2)] of the even with the odd tokens of metric [R, L, D]."""
+    even, odd = halves(unit(metric))
+    return (even @ odd.transpose(1, 2)).float()
+
+
+def _slots(kept: Tensor) -> Tensor:
+    """1-based output positions [R, 1, L] of the kept tokens, in order; meaningful only where kept is 1."""
+    return kept @ constant("upto", kept.shape[-1], like=kept)[0]
+
+
+def keep_top(scores: Tensor, keep: int, prefix: int = 0, soft: Tensor | None = None) -> Route:
+    """Keep the `keep` best of scores [R, L] (the prefix always), in order; drop the rest.
+
+    soft: optional [R, L] probabilities of being kept, for straight-through training.
+    """
+    lines, length = scores.shape
+    values = scores.detach().reshape(lines, length, 1)
+    if prefix:
+        values = values + _PROTECTED * constant("head", length, prefix, like=values).transpose(1, 2)
+    kept = torch.clamp(keep - rank(values), 0, 1).reshape(lines, 1, length)
+    route = Route(_slots(kept) * kept, keep)
+    if soft is None:
+        return route
+    slope = (soft - soft.detach()).reshape(lines, 1, length)
+    return Route(route.slot, keep, route.matrix() * slope)
+
+
+def bipartite(scores: Tensor, keep: int, *, prefix: int = 0, soft: Tensor | None = None, drop: bool = False) -> Route:
+    """Merge the best-scored even tokens into their best odd partner until `keep` tokens are left.
+
+    scores: [R, a, b] of even against odd tokens; equal scores go to the lower position. prefix: first tokens that stay
+    as they are. soft: [R, a, 1] probabilities of merging, for straight-through training. drop: merged tokens vanish
+    instead of being averaged in (ToFu's pruning). Raises UsageError when `keep` is out of reach of one matching.
+    """
+    lines, evens, odds = scores.shape
+    length, remove = evens + odds, evens + odds - keep
+    _check_reach(length, keep, prefix)
+    hard = scores.detach()
+    if prefix:
+        hard = hard + constant("protect_even", evens, prefix, like=hard)
+        hard = hard + constant("protect_odd", odds, prefix, like=hard)
+    top, partner = first_max(hard)
+    gone = torch.clamp(remove - rank(top), 0, 1).reshape(lines, 1, evens)
+    stays = torch.ones_like(partner[:, :1])
+    slots = _slots(interleave(1 - gone, stays))
+    even_slot, odd_slot = halves(slots.reshape(lines, length, 1))
+    target = (partner * odd_slot.reshape(lines, 1, odds)) @ constant("ones", odds, like=scores)[0]
+    target = target.reshape(lines, 1, evens)
+    moved = gone * target * (0.0 if drop else 1.0)
+    slot = interleave((1 - gone) * even_slot.reshape(lines, 1, evens) + moved, odd_slot.reshape(lines, 1, odds))
+    return Route(slot, keep, None if soft is None else _soft_matrix(soft, target, keep, odds))
+
+
+def _soft_matrix(soft: Tensor, target: Tensor, keep: int, odds: int) -> Tensor:
+    """Zero-valued [R, P, L] whose gradient is that of merging every even token into its partner with probability `soft`."""
+    lines, evens, _ = soft.shape
+    slope = (soft - soft.detach()).reshape(lines, 1, evens)
+    even = Route(target, keep).matrix() * slope
+    pairs = torch.stack([even[..., :odds], torch.zeros_like(even[..., :odds])], -1).reshape(lines, keep, 2 * odds)
+    return torch.cat([pairs, even[..., odds:]], 2)
+
+
+def _check_reach(length: int, keep: int, prefix: int) -> None:
+    protected = (prefix + 1) // 2
+    most = (length + 1) // 2 - protected if length // 2 > prefix // 2 else 0
+    if not length - most <= keep <= length:
+        raise UsageError(
+            f"cannot keep {keep} of {length} tokens ({prefix} protected): one matching leaves {length - most} to "
+            f"{length}; raise the keep ratio or spread it over more sites"
+        )
+
+
+def match(metric: Tensor, keep: int, *, prefix: int = 0) -> Tensor:
+    """ToMe's bipartite soft matching (arXiv 2210.09461, appendix D) with deterministic ties.
+
+    metric: [B, N, D] features (ToMe: attention keys averaged over heads). keep: tokens left. prefix: protected first
+    tokens. Returns the assignment S [B, keep, N], one 1 in every column; outputs are in the order of their first places.
+    """
+    return bipartite(similarity(metric), keep, prefix=prefix).matrix()
+
+
+def merge(x: Tensor, assignment: Tensor, size: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Average tokens into the merged ones they are assigned to.
+
+    x [B, N, D], assignment [B, P, N], size [B, N] (original tokens each stands for), weight [B, N] > 0 or None.
+    Returns x' [B, P, D] with x'_p = sum_n S_pn w_n s_n x_n / sum_n S_pn w_n s_n, and size' [B, P] = S size.
+    """
+    mass = size if weight is None else size * weight
+    shares = assignment * mass.unsqueeze(1)
+    total = shares @ constant("ones", x.shape[1], like=x)[0].to(x.dtype)
+    sizes = assignment @ size.unsqueeze(-1)
+    return (shares @ x) / torch.clamp(total, min=_EPS), sizes.squeeze(-1)
+
+
+def unmerge(x: Tensor, assignment: Tensor) -> Tensor:
+    """Copy each merged token of x [B, P, D] back to where it came from: [B, N, D]; zeros where a token was dropped."""
+    return assignment.transpose(1, 2) @ x
