@@ -1,0 +1,198 @@
+"""Where labelled images come from: timm's create_dataset, or the built-in demo set.
+
+A `Source` is a list of (image, label) with class names. timm's own ImageDataset replaces an unreadable image by its
+neighbour and only logs it; here an unreadable image is an error that names the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_ibtm.config import DataSection
+from edge_ibtm.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+REMOTE = ("torch", "hfds", "hfids", "tfds", "wds")
+_PIP = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}
+_TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation", "eval")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled images in a fixed order.
+
+    read(i) -> (PIL image in RGB, label); label_of(i) does not decode; name_of(i) names the image in messages.
+    """
+
+    size: int
+    class_names: tuple[str, ...]
+    read: Callable[[int], tuple[Image, int]]
+    name_of: Callable[[int], str]
+
+
+def open_sources(spec: DataSection) -> tuple[Source, Source | None]:
+    """(training source, test source); the second is None when one source has to be split.
+
+    Errors: UsageError when the path, the split, the package or the classes are missing.
+    """
+    if spec.source is None:
+        return demo_source(), None
+    if _kind(spec.source):
+        train = _timm_source(spec, spec.train_split)
+        test = _timm_source(spec, spec.test_split, train.class_names) if spec.test_split != spec.train_split else None
+        return train, test
+    root = Path(spec.source).expanduser()
+    if not root.exists():
+        raise UsageError(
+            f"no data at {spec.source!r}: give a folder of class folders, a .tar, or {', '.join(r + '/...' for r in REMOTE)}"
+        )
+    if root.is_file() and root.suffix != ".tar":
+        raise UsageError(f"data {spec.source!r} is a file but not a .tar of class folders")
+    folders = {p.name for p in root.iterdir() if p.is_dir()} if root.is_dir() else set()
+    train_name = next((n for n in (spec.train_split, *_TRAIN) if n in folders), None)
+    test_name = next((n for n in (spec.test_split, *_TEST) if n in folders), None)
+    if train_name and test_name:
+        train = _folder_source(spec, root / train_name)
+        return train, _folder_source(spec, root / test_name, train.class_names)
+    return _folder_source(spec, root), None
+
+
+def demo_source() -> Source:
+    """scikit-learn's 1,797 handwritten digits (8x8 grey, BSD), which ship with the library: no download."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images * (255.0 / 16.0)).round().astype("uint8")
+
+    def read(index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(images[index]).convert("RGB"), int(digits.target[index])
+
+    return Source(len(images), tuple(str(n) for n in digits.target_names), read, lambda i: f"digit {i}")
+
+
+def fingerprint(spec: DataSection) -> str:
+    """Hash of what the source holds now (names, sizes, times of its files); imports nothing heavy."""
+    from importlib.metadata import version
+
+    digest = hashlib.sha256()
+    place = spec.root if spec.source and _kind(spec.source) else spec.source
+    if spec.source is None:
+        digest.update(f"sklearn digits {version('scikit-learn')}".encode())
+    elif place and Path(place).expanduser().exists():
+        for name, size, changed in _listing(Path(place).expanduser()):
+            digest.update(f"{name}\0{size}\0{changed}\n".encode())
+    return digest.hexdigest()
+
+
+def _listing(root: Path) -> list[tuple[str, int, int]]:
+    if root.is_file():
+        return [(root.name, root.stat().st_size, root.stat().st_mtime_ns)]
+    found = []
+    for folder, _, files in os.walk(root, followlinks=True):
+        for name in files:
+            path = os.path.join(folder, name)
+            stat = os.stat(path)
+            found.append((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns))
+    return sorted(found)
+
+
+def _kind(source: str) -> str | None:
+    """The create_dataset prefix of a spec, None for a path."""
+    prefix = source.partition("/")[0].lower()
+    return prefix if prefix in REMOTE and not Path(source).expanduser().exists() else None
+
+
+def _folder_source(spec: DataSection, root: Path, names: tuple[str, ...] | None = None) -> Source:
+    """Images in class folders or a tar of them; `names`: the training classes, which the test must share."""
+    from timm.data import create_dataset
+
+    class_map: Any = {n: i for i, n in enumerate(names)} if names else spec.class_map
+    try:
+        dataset = create_dataset("", root=str(root), search_split=False, class_map=class_map or "")
+    except (RuntimeError, AssertionError, ValueError, OSError, KeyError) as err:
+        raise UsageError(f"data {str(root)!r}: {_first_line(err)}") from None
+    if names:
+        _same_classes(root, names)
+    mapping = getattr(dataset.reader, "class_to_idx", None) or getattr(dataset.reader, "class_name_to_idx", {})
+    return _wrap(dataset, tuple(sorted(mapping, key=mapping.__getitem__)), str(root))
+
+
+def _same_classes(root: Path, names: tuple[str, ...]) -> None:
+    if not root.is_dir():
+        return
+    unknown = sorted({p.name for p in root.iterdir() if p.is_dir()} - set(names))
+    if unknown:
+        raise UsageError(
+            f"data {str(root)!r} has {len(unknown)} classes that the training images do not have, e.g. {unknown[0]!r}"
+        )
+
+
+def _timm_source(spec: DataSection, split: str, names: tuple[str, ...] | None = None) -> Source:
+    """torch/..., hfds/... and other named data sets."""
+    from timm.data import create_dataset
+
+    assert spec.source is not None
+    kind = _kind(spec.source)
+    try:
+        dataset = create_dataset(
+            spec.source, root=spec.root or ".", split=split, download=spec.download, class_map=spec.class_map
+        )
+    except ImportError as err:
+        need = _PIP.get(str(kind), err.name or "the package it needs")
+        raise UsageError(f"data {spec.source!r} needs a package that is not installed: pip install {need}") from None
+    except Exception as err:  # every reader raises its own; the message is what the user needs
+        hint = "" if spec.download else "; set data.root, or data.download=true where timm can fetch it"
+        raise UsageError(f"data {spec.source!r}, split {split!r}: {_first_line(err)}{hint}") from None
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UsageError(f"data {spec.source!r} is a stream; compress needs images it can index (folder, tar, hfds/)")
+    return _wrap(dataset, names or _class_names(dataset), spec.source)
+
+
+def _class_names(dataset: Any) -> tuple[str, ...]:
+    if getattr(dataset, "classes", None):
+        return tuple(str(c) for c in dataset.classes)
+    features = getattr(getattr(getattr(dataset, "reader", None), "dataset", None), "features", {})
+    for column in ("label", "labels", "fine_label"):
+        if column in features and hasattr(features[column], "names"):
+            return tuple(features[column].names)
+    return tuple(str(i) for i in range(1 + max(int(dataset[i][1]) for i in range(len(dataset)))))
+
+
+def _wrap(dataset: Any, class_names: tuple[str, ...], name: str) -> Source:
+    """A Source over an indexable timm or torchvision data set."""
+    if len(class_names) < 2:
+        raise UsageError(f"data {name!r} has {len(class_names)} class; images must lie in one folder a class")
+    reader = getattr(dataset, "reader", None)
+
+    def name_of(index: int) -> str:
+        try:
+            return str(reader.filename(index, absolute=True))  # type: ignore[union-attr]
+        except (AttributeError, NotImplementedError):
+            return f"{name}[{index}]"
+
+    def read(index: int) -> tuple[Image, int]:
+        from PIL import Image as pil
+
+        try:
+            image, label = (reader[index] if reader is not None else dataset[index])[:2]
+            if not isinstance(image, pil.Image):
+                with pil.open(image) as opened:
+                    image = opened.convert("RGB")
+            return image.convert("RGB"), int(label)
+        except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as err:
+            raise UsageError(f"image {name_of(index)} cannot be read ({_first_line(err)}): repair or remove it") from None
+
+    return Source(len(dataset), class_names, read, name_of)
+
+
+def _first_line(err: BaseException) -> str:
+    text = str(err).strip() or type(err).__name__
+    return text.splitlines()[0]
