@@ -7,20 +7,25 @@ Core ML itself exists on macOS only, so elsewhere `run_mlpackage` evaluates the 
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup
+from edge_ibtm.targets.common import check_example, first_line
+from edge_ibtm.targets.coreml_package import (
+    IMAGE,
+    LOGITS,
+    TENSOR,
+    PackageText,
+    artifact_of,
+    package_facts,
+    quiet_coremltools,
+    run_mlpackage,
+    save_package,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 
     from edge_ibtm.targets import Artifact
 
-IMAGE, TENSOR, LOGITS, PROBABILITIES = "image", "input", "logits", "probabilities"
+__all__ = ["PRECISIONS", "CoreMLOptions", "lower_coreml", "package_facts", "run_mlpackage"]
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18", "iOS26")
 
 
@@ -82,15 +87,14 @@ def lower_coreml(
     The shape of `example` [1, 3, H, W] becomes the fixed input shape. The package is complete or absent: it is written
     next to `path` and renamed. Raises UsageError for a bad request and EdgeIBTMError when coremltools cannot convert.
     """
-    from edge_ibtm.targets.coreml_package import artifact_of, save_package
-
     options = options or CoreMLOptions()
     path = Path(path)
+    (example,) = check_example(example)
     precision = _check(options, example, path)
     normalised = _normalisation(model, options)
     mlmodel = _convert(_with_normalisation(model, normalised), example, precision, options, normalised is not None)
     mlmodel = _compress(mlmodel, precision.name)
-    save_package(mlmodel, path, options, normalised)
+    save_package(mlmodel, path, _described(options, normalised))
     return artifact_of(path)
 
 
@@ -157,12 +161,12 @@ def _convert(
     with quiet_coremltools() as ct, torch.no_grad():
         logits = model(example)
         _check_classes(logits, options.class_names)
-        exported = torch.export.export(model, (example,)).run_decompositions({})
         if image:
             source = ct.ImageType(IMAGE, shape=tuple(example.shape), color_layout=ct.colorlayout.RGB)
         else:
             source = ct.TensorType(TENSOR, shape=tuple(example.shape), dtype=np.float32)
         try:
+            exported = torch.export.export(model, (example,)).run_decompositions({})
             return ct.convert(
                 exported,
                 inputs=[source],
@@ -173,9 +177,8 @@ def _convert(
                 convert_to="mlprogram",
             )
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise EdgeIBTMError(
-                f"coremltools could not convert the model: {first}; replace that operation in the model, "
+                f"coremltools could not convert the model: {first_line(error)}; replace that operation in the model, "
                 "or lower to another target"
             ) from error
 
@@ -190,43 +193,28 @@ def _check_classes(logits: Any, names: Sequence[str] | None) -> None:
         raise UsageError(f"{len(names)} class names for {logits.shape[1]} logits: the two must match")
 
 
+def _described(options: CoreMLOptions, normalised: tuple[list[float], list[float]] | None) -> PackageText:
+    notes = {"precision": options.precision, **{k: str(v) for k, v in options.metadata.items()}}
+    if normalised is not None:
+        notes["mean"], notes["std"] = (",".join(repr(v) for v in values) for values in normalised)
+    return PackageText(notes, list(options.class_names) if options.class_names is not None else None)
+
+
 def _compute_precision(ct: Any, name: str) -> Any:
     return ct.precision.FLOAT32 if name == "fp32" else ct.precision.FLOAT16
 
 
 def _compress(mlmodel: Any, precision: str) -> Any:
     """Weights as int8 or palettes; other precisions pass through."""
-    compressors: dict[str, Callable[[Any, Any], Any]] = {
-        "int8w": lambda cto, m: cto.linear_quantize_weights(m, _config(cto.OpLinearQuantizerConfig(mode="linear_symmetric"))),
-        "pal4": lambda cto, m: cto.palettize_weights(m, _config(cto.OpPalettizerConfig(mode="kmeans", nbits=4))),
-        "pal6": lambda cto, m: cto.palettize_weights(m, _config(cto.OpPalettizerConfig(mode="kmeans", nbits=6))),
+    compressors: dict[str, Callable[[Any], Any]] = {
+        "int8w": lambda cto: cto.OpLinearQuantizerConfig(mode="linear_symmetric"),
+        "pal4": lambda cto: cto.OpPalettizerConfig(mode="kmeans", nbits=4),
+        "pal6": lambda cto: cto.OpPalettizerConfig(mode="kmeans", nbits=6),
     }
     if precision not in compressors:
         return mlmodel
     with quiet_coremltools() as ct:
-        return compressors[precision](ct.optimize.coreml, mlmodel)
-
-
-def _config(op_config: Any) -> Any:
-    import coremltools as ct
-
-    return ct.optimize.coreml.OptimizationConfig(global_config=op_config)
-
-
-@contextmanager
-def quiet_coremltools() -> Iterator[Any]:
-    """Import coremltools without its notes on missing macOS libraries and untested versions, and keep it quiet."""
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), open(os.devnull, "w") as sink:
-        warnings.simplefilter("ignore")
-        streams, sys.stderr = sys.stderr, sink
-        try:
-            import coremltools as ct
-        finally:
-            sys.stderr = streams
-        try:
-            yield ct
-        finally:
-            logger.setLevel(level)
+        cto = ct.optimize.coreml
+        config = cto.OptimizationConfig(global_config=compressors[precision](cto))
+        compress = cto.linear_quantize_weights if precision == "int8w" else cto.palettize_weights
+        return compress(mlmodel, config)

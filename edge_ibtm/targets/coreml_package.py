@@ -1,0 +1,304 @@
+"""Reading and writing `.mlpackage` folders: labels, metadata, atomic writes, facts for the report, and running them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import shutil
+import sys
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_ibtm.errors import EdgeIBTMError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from edge_ibtm.targets import Artifact
+
+IMAGE, TENSOR, LOGITS, PROBABILITIES, LABEL = "image", "input", "logits", "classLabel_probs", "classLabel"
+NOTE = "edge_ibtm."  # prefix of our own entries in the user-defined metadata
+
+
+@dataclass(frozen=True)
+class PackageText:
+    """What a package says about itself: notes (author, license, description, version, and any other) and labels."""
+
+    notes: Mapping[str, str]
+    class_names: list[str] | None
+
+
+@dataclass(frozen=True)
+class PackageFacts:
+    """What can be read from a package without running it.
+
+    inputs, outputs: name -> one-line type such as `image RGB 256x256` or `float32 [1, 1000]`. weight_bytes: size of the
+    weight files. operations: type -> count, constants left out. specification: Core ML's specification version.
+    """
+
+    path: Path
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    class_count: int
+    bytes: int
+    weight_bytes: int
+    operations: dict[str, int]
+    specification: int
+    metadata: dict[str, str]
+
+
+def save_package(mlmodel: Any, path: Path, text: PackageText) -> None:
+    """Add labels and metadata to an MLModel and put it at `path`, whole or not at all."""
+    with quiet_coremltools() as ct:
+        spec = mlmodel.get_spec()
+        if text.class_names is not None:
+            add_classifier(spec, text.class_names)
+        _write_notes(spec, text.notes)
+        finished = ct.models.MLModel(spec, weights_dir=mlmodel.weights_dir, skip_model_load=True)
+        with replacing(path) as temporary:
+            finished.save(str(temporary))
+            for entry in temporary.rglob("*"):  # coremltools writes them for the owner only
+                entry.chmod(0o755 if entry.is_dir() else 0o644)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary `.mlpackage` name next to `path`; renamed onto it on success, removed on failure."""
+    if path.exists() and not (path / "Manifest.json").is_file():
+        raise UsageError(f"{path} exists and is not a Core ML package: choose another name or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:8]
+    temporary = path.with_name(f".{path.stem}.{token}.mlpackage")
+    old = path.with_name(f".{path.stem}.{token}.old")
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise EdgeIBTMError(f"could not write {path}: {error.strerror or error}") from error
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def add_classifier(spec: Any, names: list[str]) -> None:
+    """Append softmax and Core ML's `classify` to the program: outputs classLabel and classLabel_probs beside logits.
+
+    coremltools' own classifier_config cannot keep the logits as an output (it fails when the outputs are declared).
+    """
+    from coremltools import proto
+
+    program = spec.mlProgram.functions["main"]
+    block = program.block_specializations[program.opset]
+    axis = _constant(proto, "classify_axis", -1)
+    softmax = proto.MIL_pb2.Operation(type="softmax")
+    softmax.inputs["x"].arguments.add(name=LOGITS)
+    softmax.inputs["axis"].arguments.add(name="classify_axis")
+    logits = next(o for op in block.operations for o in op.outputs if o.name == LOGITS)
+    softmax.outputs.add(name="probabilities", type=logits.type)
+    _name(softmax, "probabilities")
+    classify = proto.MIL_pb2.Operation(type="classify")
+    classify.inputs["probabilities"].arguments.add(name="probabilities")
+    labels = classify.inputs["classes"].arguments.add().value
+    string = proto.MIL_pb2.STRING
+    labels.type.listType.type.tensorType.dataType = string
+    labels.type.listType.length.constant.size = len(names)
+    for name in names:
+        item = labels.immediateValue.list.values.add()
+        item.type.tensorType.dataType = string
+        item.immediateValue.tensor.strings.values.append(name)
+    chosen = classify.outputs.add(name=LABEL)
+    chosen.type.tensorType.dataType = string
+    table = classify.outputs.add(name=PROBABILITIES)
+    table.type.dictionaryType.keyType.tensorType.dataType = string
+    table.type.dictionaryType.valueType.tensorType.dataType = proto.MIL_pb2.FLOAT32
+    _name(classify, "classify")
+    block.operations.extend([axis, softmax, classify])
+    block.outputs.extend([LABEL, PROBABILITIES])
+    description = spec.description
+    description.output.add(name=LABEL).type.stringType.SetInParent()
+    description.output.add(name=PROBABILITIES).type.dictionaryType.stringKeyType.SetInParent()
+    description.predictedFeatureName, description.predictedProbabilitiesName = LABEL, PROBABILITIES
+
+
+def _constant(proto: Any, name: str, value: int) -> Any:
+    op = proto.MIL_pb2.Operation(type="const")
+    op.outputs.add(name=name).type.tensorType.dataType = proto.MIL_pb2.INT32
+    _name(op, name)
+    held = op.attributes["val"]
+    held.type.tensorType.dataType = proto.MIL_pb2.INT32
+    held.immediateValue.tensor.ints.values.append(value)
+    return op
+
+
+def _name(op: Any, name: str) -> None:
+    from coremltools import proto
+
+    op.attributes["name"].type.tensorType.dataType = proto.MIL_pb2.STRING
+    op.attributes["name"].immediateValue.tensor.strings.values.append(name)
+
+
+def _write_notes(spec: Any, notes: Mapping[str, str]) -> None:
+    fields = {
+        "author": "author",
+        "license": "license",
+        "description": "shortDescription",
+        "version": "versionString",
+    }
+    metadata = spec.description.metadata
+    for name, value in notes.items():
+        if name in fields:
+            setattr(metadata, fields[name], str(value))
+        else:
+            metadata.userDefined[NOTE + name] = str(value)
+
+
+def open_package(path: str | Path) -> Any:
+    """The unloaded MLModel of an ML Program package. Raises UsageError for anything else."""
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"no such package: {path}")
+    if not (path / "Manifest.json").is_file():
+        raise UsageError(f"{path} is not a Core ML package (a .mlpackage folder with a Manifest.json)")
+    with quiet_coremltools() as ct:
+        try:
+            mlmodel = ct.models.MLModel(str(path), skip_model_load=True)
+            spec = mlmodel.get_spec()
+        except Exception as error:
+            raise UsageError(f"{path} cannot be read as a Core ML package: {error}") from error
+    kind = spec.WhichOneof("Type")
+    if kind != "mlProgram":
+        raise UsageError(f"{path} holds a {kind}, not an ML Program: convert it again for iOS15 or newer")
+    for name in sorted(_weight_files(spec)):
+        if not (Path(mlmodel.weights_dir or "") / name).is_file():
+            raise UsageError(f"{path} is incomplete: its weight file {name} is missing; lower the model again")
+    return mlmodel
+
+
+def _weight_files(spec: Any) -> set[str]:
+    return {
+        value.blobFileValue.fileName.rsplit("/", 1)[-1]
+        for op in operations(spec)
+        for value in [*op.attributes.values(), *(a.value for i in op.inputs.values() for a in i.arguments)]
+        if value.WhichOneof("value") == "blobFileValue"
+    }
+
+
+def operations(spec: Any) -> Iterator[Any]:
+    """Every operation of every function of an ML Program."""
+    for function in spec.mlProgram.functions.values():
+        for block in function.block_specializations.values():
+            yield from block.operations
+
+
+def package_facts(path: str | Path) -> PackageFacts:
+    """Structure of a package: inputs, outputs, sizes, operations, metadata. Raises UsageError for a bad package."""
+    mlmodel = open_package(path)
+    spec = mlmodel.get_spec()
+    metadata = spec.description.metadata
+    notes = {k.removeprefix(NOTE): v for k, v in metadata.userDefined.items()}
+    standing = {
+        "author": metadata.author,
+        "license": metadata.license,
+        "description": metadata.shortDescription,
+        "version": metadata.versionString,
+    }
+    counted = Counter(op.type for op in operations(spec) if op.type != "const")
+    return PackageFacts(
+        path=Path(path),
+        inputs={f.name: _type_line(f.type) for f in spec.description.input},
+        outputs={f.name: _type_line(f.type) for f in spec.description.output},
+        class_count=len(class_labels(spec)),
+        bytes=sum(f.stat().st_size for f in _files(Path(path))),
+        weight_bytes=sum(f.stat().st_size for f in Path(mlmodel.weights_dir).rglob("*") if f.is_file()),
+        operations=dict(counted.most_common()),
+        specification=spec.specificationVersion,
+        metadata={**{k: v for k, v in standing.items() if v}, **notes},
+    )
+
+
+def class_labels(spec: Any) -> list[str]:
+    """The labels of the `classify` operation, in the order of the logits; empty without one."""
+    for op in operations(spec):
+        if op.type == "classify":
+            values = op.inputs["classes"].arguments[0].value.immediateValue.list.values
+            return [v.immediateValue.tensor.strings.values[0] for v in values]
+    return []
+
+
+def _type_line(kind: Any) -> str:
+    from coremltools import proto
+
+    which = kind.WhichOneof("Type")
+    if which == "imageType":
+        space = proto.FeatureTypes_pb2.ImageFeatureType.ColorSpace.Name(kind.imageType.colorSpace)
+        return f"image {space} {kind.imageType.width}x{kind.imageType.height}"
+    if which == "multiArrayType":
+        types = proto.FeatureTypes_pb2.ArrayFeatureType.ArrayDataType
+        return f"{types.Name(kind.multiArrayType.dataType).lower()} {list(kind.multiArrayType.shape)}"
+    return which.removesuffix("Type")
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(f for f in path.rglob("*") if f.is_file())
+
+
+def artifact_of(path: Path) -> Artifact:
+    """Artifact of a package. sha256 is over names and contents of its files but the manifest, whose ids are random."""
+    from edge_ibtm.targets import Artifact
+
+    digest = hashlib.sha256()
+    for file in _files(path):
+        if file.name != "Manifest.json":
+            digest.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
+    facts = package_facts(path)
+    return Artifact(
+        path=path,
+        target="coreml",
+        bytes=facts.bytes,
+        subgraphs=1,
+        delegated=sum(facts.operations.values()),
+        non_delegated=0,
+        sha256=digest.hexdigest(),
+    )
+
+
+@contextlib.contextmanager
+def quiet_coremltools() -> Iterator[Any]:
+    """Import coremltools without its notes on missing macOS libraries and untested versions; no progress bars."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import coremltools as ct
+
+        try:
+            yield ct
+        finally:
+            logger.setLevel(level)
+
+
+def run_mlpackage(path: str | Path, inputs: torch.Tensor) -> torch.Tensor:
+    """Logits [B, classes] (fp32) of a package for images [B, 3, H, W], one image at a time.
+
+    uint8 images are bytes in RGB, given to the package as they are. Float images are normalised as the eager model wants
+    them; a package with image input gets them back as bytes 0..255, by the mean and std in its metadata.
+    On macOS Core ML itself runs; elsewhere the ML Program is evaluated by edge_ibtm.targets.mil_eval.
+    """
+    if sys.platform == "darwin":
+        from edge_ibtm.targets.coreml_mac import predict
+    else:
+        from edge_ibtm.targets.mil_eval import predict
+    return predict(path, inputs)
