@@ -1,0 +1,225 @@
+"""Latency of `.pte` files on this machine, in a child process: a native abort becomes an error message."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.probe import facts, statistics
+from edge_ibtm.probe.loop import ProbeOptions
+from edge_ibtm.probe.schema import Device, Latency, ProbeRun, Profile, Ratio
+
+CONFIDENCE = 0.95
+TRACE_RUNS = 10
+_TELLING = re.compile(r"not registered|[Mm]issing operator|Expected|expected|unexpected|Attempted|Check failed|terminate")
+
+
+def check_pte(path: Path) -> None:
+    """UsageError unless `path` is a whole ExecuTorch program by its header (magic ET12, sizes from the `eh00` header)."""
+    if not path.is_file():
+        raise UsageError(f"no file {path}; lower a model first: `edge-ibtm compress --model M` or `edge_ibtm.lower`")
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        head = handle.read(64)
+    if len(head) < 8 or head[4:6] != b"ET":
+        raise UsageError(f"{path} ({size} bytes) is not an ExecuTorch program: no ET magic; give a .pte file")
+    if head[8:12] == b"eh00" and len(head) >= 40:
+        program, segments, data = struct.unpack_from("<QQQ", head + bytes(16), 16)
+        length = struct.unpack_from("<I", head, 12)[0]
+        whole = max(program, segments + (data if length >= 32 else 0))
+        if size < whole:
+            raise UsageError(f"{path} is cut short: {size} of {whole} bytes; copy or lower it again")
+    elif size < 64:
+        raise UsageError(f"{path} is cut short: {size} bytes; copy or lower it again")
+
+
+def probe_files(
+    paths: Sequence[str | Path], inputs: Sequence[Sequence[Any]], threads: int | None, options: ProbeOptions
+) -> tuple[ProbeRun, list[list[Any]]]:
+    """Probe `.pte` files round-robin in one child process.
+
+    inputs: per file, the tensors it takes. Returns the run and each file's output tensors.
+    Errors: UsageError (missing, foreign or truncated file, inputs that do not fit), EdgeIBTMError (missing backend or
+    operator, native abort, timeout).
+    """
+    files = [Path(path).resolve() for path in paths]
+    for file in files:
+        check_pte(file)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads = {threads}; give 1 or more")
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="edge-ibtm-probe-") as folder:
+        request = _request(Path(folder), files, threads, options)
+        torch.save([[x.contiguous() for x in one] for one in inputs], request["inputs"])
+        answer = _run_child(Path(folder), request, files, options)
+        outputs = torch.load(request["outputs"], weights_only=True)
+        profiles = _profiles(request["etdump"]) if options.profile else [None] * len(files)
+    return _assemble(files, answer, profiles), outputs
+
+
+def _request(folder: Path, files: list[Path], threads: int | None, options: ProbeOptions) -> dict[str, Any]:
+    return {
+        "paths": [str(file) for file in files],
+        "threads": threads or facts.usable_cores(),
+        "options": asdict(options),
+        "inputs": str(folder / "inputs.pt"),
+        "outputs": str(folder / "outputs.pt"),
+        "answer": str(folder / "answer.json"),
+        "etdump": [str(folder / f"{i}.etdp") for i in range(len(files))],
+        "trace_runs": TRACE_RUNS,
+    }
+
+
+def _run_child(folder: Path, request: dict[str, Any], files: list[Path], options: ProbeOptions) -> dict[str, Any]:
+    """Start the child, wait, and turn whatever happened into an answer or an error."""
+    (folder / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, "-m", "edge_ibtm.probe.child", str(folder / "request.json")]
+    names = ", ".join(file.name for file in files)
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=options.timeout, env=_child_environment())
+    except subprocess.TimeoutExpired:
+        raise EdgeIBTMError(f"probing {names} took over {options.timeout:.0f} s; take fewer samples") from None
+    said = (done.stderr + b"\n" + done.stdout).decode(errors="replace")
+    answer_file = Path(request["answer"])
+    if not answer_file.exists():
+        raise EdgeIBTMError(f"the runtime ended with {_ending(done.returncode)} on {names}: {_last_words(said)}")
+    answer: dict[str, Any] = json.loads(answer_file.read_text())
+    if "error" in answer:
+        kind = UsageError if answer["usage"] else EdgeIBTMError
+        hints = list(dict.fromkeys(line for line in said.splitlines() if _TELLING.search(line)))[:4]
+        raise kind(answer["error"] + "".join(f"; runtime: {_strip(hint)}" for hint in hints))
+    return answer
+
+
+def _child_environment() -> dict[str, str]:
+    """This environment with this package importable, whatever the working directory."""
+    import os
+
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+
+
+def _ending(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _last_words(text: str) -> str:
+    lines = [_strip(line) for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-3:]) or "it said nothing"
+
+
+def _strip(line: str) -> str:
+    """Without the runtime's `[file.cpp:123]` prefix."""
+    return re.sub(r"^\[[\w.]+:\d+\]\s*", "", line.strip())
+
+
+def _profiles(etdumps: list[str]) -> list[Profile | None]:
+    from edge_ibtm.probe.profile import read_profile
+
+    return [read_profile(path, TRACE_RUNS) for path in etdumps]
+
+
+def _assemble(files: list[Path], answer: dict[str, Any], profiles: Sequence[Profile | None]) -> ProbeRun:
+    device = host_device(answer["before"], answer["after"])
+    labels = unique_labels([file.stem for file in files])
+    results = tuple(
+        Latency(
+            model=label,
+            file=str(file),
+            sha256=sha256_of(file),
+            bytes=file.stat().st_size,
+            device=device,
+            threads=answer["threads"],
+            peak_rss_mb=answer["peak_rss_mb"],
+            profile=profile,
+            notes=_load_note(answer["before"]["load"]),
+            **{k: v for k, v in row.items() if k != "samples_ms"},
+            **summary(row["samples_ms"]),
+        )
+        for label, file, row, profile in zip(labels, files, answer["results"], profiles, strict=True)
+    )
+    return ProbeRun(results=results, ratios=ratios(results))
+
+
+def host_device(before: dict[str, Any], after: dict[str, Any]) -> Device:
+    """This machine, with the readings taken around the timed part."""
+    return Device(
+        kind="host",
+        name=facts.cpu_model(),
+        os=f"{platform.system()} {platform.release()}",
+        arch=platform.machine(),
+        cores=facts.usable_cores(),
+        runtime=f"executorch {facts.version_of('executorch')}",
+        load_average_before=before["load"],
+        load_average_after=after["load"],
+        cpu_mhz_before=tuple(before["mhz"]),
+        cpu_mhz_after=tuple(after["mhz"]),
+        thermal_c_before=before["thermal"],
+        thermal_c_after=after["thermal"],
+        facts={"python": platform.python_version(), "torch": facts.version_of("torch")},
+    )
+
+
+def _load_note(load: float | None) -> tuple[str, ...]:
+    if load is None or load <= 0.5 * facts.usable_cores():
+        return ()
+    return (f"the machine was busy (load average {load} on {facts.usable_cores()} cores): trust ratios of one run only",)
+
+
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """The sample statistics of a `Latency`, samples in ms."""
+    low, high, reached = statistics.median_interval(samples, CONFIDENCE)
+    return {
+        "p50_ms": statistics.percentile(samples, 50),
+        "p90_ms": statistics.percentile(samples, 90),
+        "p99_ms": statistics.percentile(samples, 99),
+        "min_ms": min(samples),
+        "mean_ms": sum(samples) / len(samples),
+        "median_interval_ms": (low, high),
+        "confidence": min(CONFIDENCE, reached),
+        "samples_ms": tuple(samples),
+    }
+
+
+def ratios(results: Sequence[Latency]) -> tuple[Ratio, ...]:
+    """Every later result against the first; sample i of each belongs to round i."""
+    if len(results) < 2:
+        return ()
+    base, *others = results
+    found = []
+    for other in others:
+        low, high = statistics.paired_ratio_interval(other.samples_ms, base.samples_ms, CONFIDENCE)
+        value = other.p50_ms / base.p50_ms
+        rounds = len(base.samples_ms)
+        found.append(Ratio(model=other.model, baseline=base.model, value=value, low=low, high=high, rounds=rounds))
+    return tuple(found)
+
+
+def unique_labels(stems: Sequence[str]) -> list[str]:
+    """File stems; a stem that occurs again gets `#2`, `#3`..."""
+    seen: dict[str, int] = {}
+    labels = []
+    for stem in stems:
+        seen[stem] = seen.get(stem, 0) + 1
+        labels.append(stem if seen[stem] == 1 else f"{stem}#{seen[stem]}")
+    return labels
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
