@@ -1,0 +1,68 @@
+"""What a merger sees and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from ..tokens import Route
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one site, or of R lines of it.
+
+    z [B, N, D] features; size [B, N] original tokens each stands for; metric [B, N, d] what similarity is measured on;
+    prefix: first tokens that stay; depth: 0..1, how deep in the backbone; weight [B, N] how much a token counts;
+    penalty [B, N] lowers the score of a token that would disappear; importance [B, N] what pruners keep;
+    logits [B, N] IBTM's mask carried from site to site; class_attention / received_attention: functions that give
+    [B, N] from the block's own attention, or None where there is none.
+    """
+
+    z: Tensor
+    size: Tensor
+    metric: Tensor
+    prefix: int = 0
+    depth: float = 0.0
+    weight: Tensor | None = None
+    penalty: Tensor | None = None
+    importance: Tensor | None = None
+    logits: Tensor | None = None
+    class_attention: Callable[[], tuple[Tensor, Tensor]] | None = None
+    received_attention: Callable[[], Tensor] | None = None
+
+    def mass(self) -> Tensor:
+        """w s [B, N]."""
+        return self.size if self.weight is None else self.size * self.weight
+
+    def with_(self, **changes: object) -> Tokens:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+class Merger(nn.Module):
+    """A method: first weighs the tokens of a site (`prepare`), then routes each of its lines (`route`).
+
+    layouts: where it has a meaning. proportional: whether log sizes are added to the attention logits of merged keys.
+    needs: "class_attention" or "received_attention" when the method reads the block's attention.
+    """
+
+    layouts: tuple[str, ...] = ("sequence", "grid")
+    proportional: bool = True
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, dim: int, classes: int = 0) -> None:
+        super().__init__()
+
+    def prepare(self, tokens: Tokens) -> Tokens:
+        """Fill weight, penalty, importance and logits of a site's tokens; by default all tokens count alike."""
+        return tokens
+
+    def route(self, tokens: Tokens, keep: int) -> Route:
+        """Where the tokens of each line go, `keep` of them being left."""
+        raise NotImplementedError
+
+    def preserves_norm(self, tokens: Tokens) -> bool:
+        """Whether merged tokens take the largest norm of their parts instead of the mean's."""
+        return False

@@ -1,0 +1,106 @@
+"""IBTM: Information-Bottleneck inspired Token Merging (DESIGN 3.2).
+
+A site's mask is the previous site's mask moved one step down the gradient of the information bottleneck's bound. The soft
+mask w = sigmoid(g) weighs tokens in their averages; the hard mask merges informative tokens last.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..information import ib_gradient, ib_step_matrix
+from ..tokens import Route, bipartite, constant, halves, similarity, unit
+from .base import Merger, Tokens
+from .tome import threshold_mask
+
+
+def _inverse_softplus(value: float) -> float:
+    return math.log(math.expm1(value))
+
+
+class IBStep(nn.Module):
+    """One gradient step of a site's mask logits, without labels.
+
+    Buffers, refreshed from training data by `finetune` (all zero, hence no step, until then): centroids C [A, D] of
+    pooled features, likelihood Q [A, classes], prior pi [classes], and step L [A, A], which follows from Q and pi.
+    Learned: eta > 0, the step length. The labels enter only through the buffers.
+    """
+
+    centroids: Tensor
+    likelihood: Tensor
+    prior: Tensor
+    step: Tensor
+
+    def __init__(self, dim: int, classes: int, clusters: int | None = None, beta: float = 10.0) -> None:
+        super().__init__()
+        clusters = clusters or max(2, min(256, classes))
+        self.beta, self.conditional = beta, True
+        self.eta_raw = nn.Parameter(torch.tensor(_inverse_softplus(0.1)))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.register_buffer("centroids", torch.zeros(clusters, dim))
+        self.register_buffer("likelihood", torch.zeros(clusters, classes))
+        self.register_buffer("prior", torch.zeros(classes))
+        self.register_buffer("step", torch.zeros(clusters, clusters))
+
+    @property
+    def eta(self) -> Tensor:
+        return F.softplus(self.eta_raw)
+
+    def pooled(self, normed: Tensor, mass: Tensor) -> Tensor:
+        """x~ [B, D]: the LayerNormed tokens [B, N, D] averaged with mass w s [B, N], L2-normalised."""
+        ones = constant("ones", mass.shape[1], like=mass)[0].to(mass.dtype)
+        shares = mass / (mass @ ones)
+        return unit((shares.unsqueeze(1) @ normed).squeeze(1))
+
+    def forward(self, normed: Tensor, logits: Tensor, size: Tensor) -> Tensor:
+        """g - eta <z_n, v> for LayerNormed tokens [B, N, D], logits g [B, N] and sizes [B, N] -> [B, N]."""
+        features = self.pooled(normed, torch.sigmoid(logits) * size)
+        v = ib_gradient(features, self.centroids, self.step, self.beta, self.conditional, on_sphere=True)
+        return logits - self.eta * (normed @ v.unsqueeze(-1)).squeeze(-1)
+
+    @torch.no_grad()
+    def load_statistics(self, centroids: Tensor, likelihood: Tensor, prior: Tensor) -> None:
+        """Set C [A, D], Q [A, classes] and pi [classes], and L from them."""
+        self.centroids.copy_(centroids)
+        self.likelihood.copy_(likelihood)
+        self.prior.copy_(prior)
+        self.step.copy_(ib_step_matrix(likelihood, prior))
+
+
+class IBTM(Merger):
+    """The mask module of a site: soft mask, hard mask, and the straight-through decision.
+
+    lambda >= 0 (penalty_raw) protects informative tokens: score = cosine - lambda sigmoid(g of the one to disappear).
+    theta (threshold) gives decisions a gradient in training; the count is fixed.
+    """
+
+    def __init__(self, dim: int, classes: int = 0, *, soft_weights: bool = True) -> None:
+        super().__init__(dim, classes)
+        self.soft_weights = soft_weights
+        self.information = IBStep(dim, max(classes, 2))
+        self.first_logits = nn.Linear(dim, 1)
+        nn.init.zeros_(self.first_logits.weight)
+        nn.init.zeros_(self.first_logits.bias)
+        self.penalty_raw = nn.Parameter(torch.tensor(_inverse_softplus(0.1)))
+        self.threshold = nn.Parameter(torch.tensor(0.9))
+
+    def prepare(self, tokens: Tokens) -> Tokens:
+        normed = self.information.norm(tokens.z)
+        logits = tokens.logits
+        if logits is None:
+            logits = self.first_logits(normed).squeeze(-1)
+        logits = self.information(normed, logits, tokens.size)
+        mask = torch.sigmoid(logits)
+        weight = mask.clamp_min(1e-4) if self.soft_weights else None
+        return tokens.with_(logits=logits, weight=weight, penalty=F.softplus(self.penalty_raw) * mask)
+
+    def route(self, tokens: Tokens, keep: int) -> Route:
+        scores = similarity(tokens.metric)
+        if tokens.penalty is not None:
+            scores = scores - halves(tokens.penalty.unsqueeze(-1))[0]
+        soft = threshold_mask(scores, self.threshold) if self.training else None
+        return bipartite(scores, keep, prefix=tokens.prefix, soft=soft)

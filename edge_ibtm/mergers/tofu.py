@@ -1,0 +1,31 @@
+"""ToFu: Token Fusion, Kim et al., arXiv 2312.01026: prune in early sites, merge with the norm preserved in late ones."""
+
+from __future__ import annotations
+
+from ..tokens import Route, bipartite, similarity
+from .base import Tokens
+from .tome import MaskedToMe, ToMe, threshold_mask
+
+LATE = 0.5  # share of the depth from which tokens are merged instead of pruned
+
+
+class ToFu(ToMe):
+    """ToMe's pairs; the disappearing token is dropped early and averaged in, norm-preserving, late."""
+
+    def route(self, tokens: Tokens, keep: int) -> Route:
+        return bipartite(similarity(tokens.metric), keep, prefix=tokens.prefix, drop=tokens.depth < LATE)
+
+    def preserves_norm(self, tokens: Tokens) -> bool:
+        return tokens.depth >= LATE
+
+
+class MaskedToFu(MaskedToMe):
+    """ToFu with LTMP's learned threshold mask."""
+
+    def route(self, tokens: Tokens, keep: int) -> Route:
+        scores = similarity(tokens.metric)
+        soft = threshold_mask(scores, self.threshold) if self.training else None
+        return bipartite(scores, keep, prefix=tokens.prefix, soft=soft, drop=tokens.depth < LATE)
+
+    def preserves_norm(self, tokens: Tokens) -> bool:
+        return tokens.depth >= LATE

@@ -1,0 +1,177 @@
+"""A plan: where the tokens of one site go, ready to be applied to any features of those tokens.
+
+    pool(x)  [B, N, D] -> [B, P, D]   weighted averages of the tokens that merge
+    copy(y)  [B, P, D] -> [B, N, D]   every merged token back to the places it came from (zeros where dropped)
+    matrix() [B, P, N]                the assignment S
+
+Grids compose two of them, rows then columns, whose matrices are tiny.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .tokens import Route, constant, row_max, tiles, unit
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """Lines merged by small matrices, in the form that lowers into one delegate.
+
+    share: S [R, P, L]; average: S with the weights in it, rows summing to one; preserve_norm: ToFu's merge, the mean's
+    direction with the largest of the merged norms (arXiv 2312.01026, section 3.3).
+    """
+
+    share: Tensor
+    average: Tensor
+    preserve_norm: bool = False
+
+    def pool(self, x: Tensor) -> Tensor:
+        mean = self.average @ x
+        return _with_norm(mean, x, self.share) if self.preserve_norm else mean
+
+    def copy(self, y: Tensor) -> Tensor:
+        return self.share.transpose(1, 2) @ y
+
+    def matrix(self) -> Tensor:
+        return self.share
+
+    def total(self, size: Tensor) -> Tensor:
+        """Sums over merged tokens of size [R, L]: [R, P]."""
+        return (self.share @ size.unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """The same for one hard route, by scatter and gather: costs no multiplications, but does not lower well."""
+
+    route: Route
+    mass: Tensor
+    preserve_norm: bool = False
+
+    def pool(self, x: Tensor) -> Tensor:
+        mass = self.mass.unsqueeze(-1).to(x.dtype)
+        mean = self._sum(x * mass) / self._sum(mass)
+        return _with_norm(mean, x, self.matrix()) if self.preserve_norm else mean
+
+    def copy(self, y: Tensor) -> Tensor:
+        padded = torch.cat([torch.zeros_like(y[:, :1]), y], 1)
+        return padded.gather(1, self._index(y.shape[-1]))
+
+    def matrix(self) -> Tensor:
+        return self.route.matrix()
+
+    def total(self, size: Tensor) -> Tensor:
+        return self._sum(size.unsqueeze(-1)).squeeze(-1)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        zeros = x.new_zeros(x.shape[0], self.route.keep + 1, x.shape[-1])
+        return zeros.scatter_add(1, self._index(x.shape[-1]), x)[:, 1:]
+
+    def _index(self, dim: int) -> Tensor:
+        return self.route.slot.long().transpose(1, 2).expand(-1, -1, dim)
+
+
+def _with_norm(mean: Tensor, x: Tensor, share: Tensor) -> Tensor:
+    ones = constant("ones", x.shape[-1], like=x)[0].to(x.dtype)
+    norms = torch.sqrt((x * x) @ ones)
+    return unit(mean) * row_max(share * norms.transpose(1, 2))
+
+
+def dense_plan(route: Route, mass: Tensor, preserve_norm: bool = False) -> DensePlan:
+    """The plan of a route for tokens that count `mass` [R, L] each in their averages."""
+    share = route.matrix()
+    shares = share * mass.unsqueeze(1)
+    total = shares @ constant("ones", shares.shape[-1], like=shares)[0]
+    return DensePlan(share, shares / torch.clamp(total, min=1e-12), preserve_norm)
+
+
+def sequence_plan(route: Route, mass: Tensor, preserve_norm: bool = False) -> DensePlan | IndexPlan:
+    """Matrices where a graph is exported or a decision has a gradient; indices otherwise."""
+    if torch.compiler.is_exporting() or route.soft is not None:
+        return dense_plan(route, mass, preserve_norm)
+    return IndexPlan(route, mass, preserve_norm)
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """Rows, then columns, of an H x W grid; None where an axis keeps all its tokens.
+
+    rows: lines [B * H * tiles, L]; columns: lines [B * W' * tiles, L]. Tokens are in row-major order before and after.
+    """
+
+    grid: tuple[int, int]
+    kept: tuple[int, int]
+    rows: DensePlan | None
+    columns: DensePlan | None
+
+    def pool(self, x: Tensor) -> Tensor:
+        return self._down(x, DensePlan.pool)
+
+    def total(self, size: Tensor) -> Tensor:
+        """Sums over merged tokens of size [B, N]: [B, P]."""
+        return self._down(size.unsqueeze(-1), lambda plan, x: plan.share @ x).squeeze(-1)
+
+    def _down(self, x: Tensor, step: Callable[[DensePlan, Tensor], Tensor]) -> Tensor:
+        if self.rows is not None:
+            x = unfold_lines(step(self.rows, fold_rows(x, self.grid)), x.shape[0])
+        if self.columns is not None:
+            lines = fold_columns(x, (self.grid[0], self.kept[1]))
+            x = unfold_columns(step(self.columns, lines), x.shape[0], self.kept)
+        return x
+
+    def copy(self, y: Tensor) -> Tensor:
+        if self.columns is not None:
+            lines = fold_columns(y, self.kept, tiles(self.grid[0]))
+            y = unfold_columns(self.columns.copy(lines), y.shape[0], (self.grid[0], self.kept[1]))
+        if self.rows is not None:
+            lines = fold_rows(y, (self.grid[0], self.kept[1]), tiles(self.grid[1]))
+            y = unfold_lines(self.rows.copy(lines), y.shape[0])
+        return y
+
+    def matrix(self) -> Tensor:
+        """S [B, H' * W', H * W], for traces and tests."""
+        batch = self._batch()
+        tokens = self.grid[0] * self.grid[1]
+        eye = torch.eye(self.kept[0] * self.kept[1]).expand(batch, -1, -1)
+        return self.copy(eye).reshape(batch, tokens, -1).transpose(1, 2)
+
+    def _batch(self) -> int:
+        if self.rows is not None:
+            return self.rows.share.shape[0] // (self.grid[0] * tiles(self.grid[1]))
+        assert self.columns is not None
+        return self.columns.share.shape[0] // (self.grid[1] * tiles(self.grid[0]))
+
+
+Plan = DensePlan | IndexPlan | GridPlan
+
+
+def fold_rows(x: Tensor, grid: tuple[int, int], cuts: int | None = None) -> Tensor:
+    """[B, H * W, D] -> lines [B * H * cuts, W / cuts, D]."""
+    height, width = grid
+    cuts = cuts or tiles(width)
+    return x.reshape(x.shape[0] * height * cuts, width // cuts, x.shape[-1])
+
+
+def unfold_lines(lines: Tensor, batch: int) -> Tensor:
+    """Lines in row-major order back to [B, tokens, D]."""
+    return lines.reshape(batch, -1, lines.shape[-1])
+
+
+def fold_columns(x: Tensor, grid: tuple[int, int], cuts: int | None = None) -> Tensor:
+    """[B, H * W, D] -> lines [B * W * cuts, H / cuts, D]."""
+    height, width = grid
+    cuts = cuts or tiles(height)
+    turned = x.reshape(x.shape[0], height, width, x.shape[-1]).transpose(1, 2)
+    return turned.reshape(x.shape[0] * width * cuts, height // cuts, x.shape[-1])
+
+
+def unfold_columns(lines: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
+    """Lines of columns of an H x W grid back to [B, H * W, D]."""
+    height, width = grid
+    turned = lines.reshape(batch, width, height, lines.shape[-1]).transpose(1, 2)
+    return turned.reshape(batch, height * width, lines.shape[-1])

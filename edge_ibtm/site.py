@@ -1,0 +1,159 @@
+"""A merge site: one place in a backbone where tokens are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UsageError
+from .mergers import Merger, Tokens
+from .mergers.controls import Identity
+from .plan import (
+    DensePlan,
+    GridPlan,
+    Plan,
+    dense_plan,
+    fold_columns,
+    fold_rows,
+    sequence_plan,
+)
+from .tokens import check_ratio, kept_grid, kept_tokens, tiles
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a site made of its tokens.
+
+    x [B, P, D]; size [B, P]; plan: how any features of these tokens are pooled and copied back (None: nothing merged);
+    grid: (H', W') or None; weight [B, N]: w of the entering tokens; logits [B, N] and merged_logits [B, P]: IBTM's mask.
+    """
+
+    x: Tensor
+    size: Tensor
+    plan: Plan | None
+    grid: tuple[int, int] | None
+    weight: Tensor
+    logits: Tensor | None
+    merged_logits: Tensor | None
+
+    def pool(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, P, D]."""
+        return x if self.plan is None else self.plan.pool(x)
+
+    def copy(self, y: Tensor) -> Tensor:
+        """[B, P, D] -> [B, N, D]."""
+        return y if self.plan is None else self.plan.copy(y)
+
+
+class Site(nn.Module):
+    """Merges with one merger at one keep ratio, in sequence or grid layout.
+
+    Stateless but for the merger's parameters; every count follows from the shape of the tokens.
+    """
+
+    def __init__(self, merger: Merger, keep_ratio: float, layout: str, depth: float = 0.0) -> None:
+        super().__init__()
+        check_ratio(keep_ratio)
+        if layout not in ("sequence", "grid"):
+            raise UsageError(f"unknown layout {layout!r}; known: sequence, grid")
+        self.merger, self.keep_ratio, self.layout, self.depth = merger, keep_ratio, layout, depth
+
+    def extra_repr(self) -> str:
+        return f"keep_ratio={self.keep_ratio}, layout={self.layout!r}, depth={self.depth:.2f}"
+
+    def kept(self, tokens: int, prefix: int, grid: tuple[int, int] | None) -> int:
+        """Tokens that leave for `tokens` that enter."""
+        if isinstance(self.merger, Identity):
+            return tokens
+        if self.layout == "sequence":
+            return kept_tokens(tokens, self.keep_ratio, prefix)
+        assert grid is not None
+        height, width = kept_grid(*grid, self.keep_ratio)
+        return prefix + height * width
+
+    def forward(self, tokens: Tokens, grid: tuple[int, int] | None = None) -> Merged:
+        """Merge tokens (z [B, N, D]); a grid layout needs the grid (H, W), N = H * W."""
+        if self.kept(tokens.z.shape[1], tokens.prefix, grid) == tokens.z.shape[1]:
+            return Merged(tokens.z, tokens.size, None, grid, torch.ones_like(tokens.size), tokens.logits, tokens.logits)
+        tokens = self.merger.prepare(replace(tokens, depth=self.depth))
+        if self.layout == "sequence":
+            return self._sequence(tokens)
+        if grid is None or grid[0] * grid[1] != tokens.z.shape[1]:
+            raise UsageError(f"grid {grid} does not hold {tokens.z.shape[1]} tokens")
+        return self._grid(tokens, grid)
+
+    def _sequence(self, tokens: Tokens) -> Merged:
+        keep = kept_tokens(tokens.z.shape[1], self.keep_ratio, tokens.prefix)
+        route = self.merger.route(tokens, keep)
+        plan = sequence_plan(route, tokens.mass(), self.merger.preserves_norm(tokens))
+        return _merged(tokens, plan, None)
+
+    def _grid(self, tokens: Tokens, grid: tuple[int, int]) -> Merged:
+        kept = kept_grid(*grid, self.keep_ratio)
+        rows = columns = None
+        current = tokens
+        if kept[1] < grid[1]:
+            lines = _lines(current, lambda x: fold_rows(x, grid))
+            rows = self._line_plan(lines, kept[1] // tiles(grid[1]))
+            current = _pooled(current, GridPlan(grid, (grid[0], kept[1]), rows, None), lines, rows)
+        if kept[0] < grid[0]:
+            lines = _lines(current, lambda x: fold_columns(x, (grid[0], kept[1])))
+            columns = self._line_plan(lines, kept[0] // tiles(grid[0]))
+        return _merged(tokens, GridPlan(grid, kept, rows, columns), kept)
+
+    def _line_plan(self, lines: Tokens, keep: int) -> DensePlan:
+        route = self.merger.route(lines, keep)
+        return dense_plan(route, lines.mass(), self.merger.preserves_norm(lines))
+
+
+def _vector(x: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if x is None else change(x.unsqueeze(-1)).squeeze(-1)
+
+
+def _lines(tokens: Tokens, fold: Callable[[Tensor], Tensor]) -> Tokens:
+    """The same tokens with every field folded into lines."""
+    z = fold(tokens.z)
+    size = fold(tokens.size.unsqueeze(-1)).squeeze(-1)
+    return replace(
+        tokens,
+        z=z,
+        metric=z if tokens.metric is tokens.z else fold(tokens.metric),
+        size=size,
+        weight=_vector(tokens.weight, fold),
+        penalty=_vector(tokens.penalty, fold),
+        importance=_vector(tokens.importance, fold),
+    )
+
+
+def _pooled(tokens: Tokens, plan: GridPlan, lines: Tokens, rows: DensePlan) -> Tokens:
+    """Tokens after the row pass: features averaged, sizes summed, weights such that w s keeps the mass of the parts."""
+    z = plan.pool(tokens.z)
+    size = rows.total(lines.size).reshape(z.shape[0], -1)
+    weight = None
+    if lines.weight is not None:
+        weight = rows.total(lines.mass()).reshape(z.shape[0], -1) / size
+    return replace(
+        tokens,
+        z=z,
+        metric=z if tokens.metric is tokens.z else plan.pool(tokens.metric),
+        size=size,
+        weight=weight,
+        penalty=_vector(tokens.penalty, plan.pool),
+        importance=_vector(tokens.importance, plan.pool),
+    )
+
+
+def _merged(tokens: Tokens, plan: Plan, grid: tuple[int, int] | None) -> Merged:
+    weight = torch.ones_like(tokens.size) if tokens.weight is None else tokens.weight
+    return Merged(
+        x=plan.pool(tokens.z),
+        size=plan.total(tokens.size),
+        plan=plan,
+        grid=grid,
+        weight=weight,
+        logits=tokens.logits,
+        merged_logits=_vector(tokens.logits, plan.pool),
+    )
