@@ -1,0 +1,61 @@
+"""Accelerator, optimizer and schedule of a training run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from edge_ibtm.finetune import FinetuneConfig
+
+
+def build_accelerator(config: FinetuneConfig) -> Any:
+    """An accelerate.Accelerator; picks up torchrun's and accelerate launch's processes by itself."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    AcceleratorState._reset_state(reset_partial_state=False)  # a process may train twice with other settings
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        cpu=config.device == "cpu",
+        # parameters of mask modules have no gradient before merging starts
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def build_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """timm's factory: no weight decay on biases and norms, layer-wise decay when asked for."""
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(
+        model,
+        opt=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        layer_decay=config.layer_decay,
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: FinetuneConfig, steps: int) -> Any:
+    """timm's cosine with linear warm-up, a function of the number of optimizer steps alone."""
+    from timm.scheduler.cosine_lr import CosineLRScheduler
+
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(2, config.epochs * steps),
+        lr_min=min(config.min_lr, config.lr),
+        warmup_t=round(config.warmup_epochs * steps),
+        warmup_lr_init=config.lr / 100,
+        t_in_epochs=False,
+    )
+
+
+def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Give `new` the state of the parameters that both optimizers hold."""
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            if parameter in old.state:
+                new.state[parameter] = old.state[parameter]
