@@ -151,9 +151,7 @@ def _with_normalisation(model: nn.Module, normalised: tuple[list[float], list[fl
     return body if normalised is None else BytesIn(body, *normalised)
 
 
-def _convert(
-    model: nn.Module, example: torch.Tensor, precision: Precision, options: CoreMLOptions, image: bool
-) -> Any:
+def _convert(model: nn.Module, example: torch.Tensor, precision: Precision, options: CoreMLOptions, image: bool) -> Any:
     """torch.export, then coremltools; returns an unsaved MLModel whose one output is the logits in fp32."""
     import numpy as np
     import torch

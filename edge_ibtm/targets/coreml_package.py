@@ -122,7 +122,7 @@ def add_classifier(spec: Any, names: list[str]) -> None:
     chosen.type.tensorType.dataType = string
     table = classify.outputs.add(name=PROBABILITIES)
     table.type.dictionaryType.keyType.tensorType.dataType = string
-    table.type.dictionaryType.valueType.tensorType.dataType = proto.MIL_pb2.FLOAT32
+    table.type.dictionaryType.valueType.tensorType.dataType = proto.MIL_pb2.FLOAT64
     _name(classify, "classify")
     block.operations.extend([axis, softmax, classify])
     block.outputs.extend([LABEL, PROBABILITIES])
@@ -288,6 +288,40 @@ def quiet_coremltools() -> Iterator[Any]:
             yield ct
         finally:
             logger.setLevel(level)
+
+
+def image_tensor(spec: Any, images: torch.Tensor) -> torch.Tensor:
+    """What the program's input receives, float [B, C, H, W], for uint8 RGB or for normalised float images.
+
+    Core ML hands an image input over as numbers 0..255 in the declared colour layout; a plain tensor input gets what it
+    is given. Raises UsageError when the package does not say how to turn normalised images back into bytes.
+    """
+    feature = spec.description.input[0].type
+    if feature.WhichOneof("Type") != "imageType":
+        if not images.is_floating_point():
+            raise UsageError("the package takes a normalised float tensor, not bytes: normalise the images first")
+        return images.float()
+    pixels = images.float() if images.dtype.is_floating_point is False else _bytes_again(spec, images)
+    space = _type_line(feature).split()[1]
+    if space == "BGR":
+        return pixels.flip(1)
+    if space != "RGB":
+        raise UsageError(f"the package takes {space} images; only RGB and BGR are supported")
+    return pixels
+
+
+def _bytes_again(spec: Any, images: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    notes = spec.description.metadata.userDefined
+    try:
+        mean, std = (torch.tensor([float(v) for v in notes[NOTE + k].split(",")]) for k in ("mean", "std"))
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            "the package takes an image and its metadata does not say how it was normalised (edge_ibtm.mean and "
+            "edge_ibtm.std): give uint8 images"
+        ) from error
+    return (images.float() * std.view(1, 3, 1, 1) + mean.view(1, 3, 1, 1)) * 255
 
 
 def run_mlpackage(path: str | Path, inputs: torch.Tensor) -> torch.Tensor:
