@@ -1,7 +1,8 @@
 """Latency of one artifact or model on one device, in one schema: host, torch, cuda, android, mac, ios.
 
-    probe("model.pte", example).p50_ms
-    probe_many(["base.pte", "merged.pte"], example).ratios     # interleaved in one run: the only fair comparison
+probe("model.pte", example).p50_ms
+probe_many(["base.pte", "merged.pte"], example).ratios     # interleaved in one run: the only fair
+comparison
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def probe(
 ) -> Latency:
     """Latency of one artifact (path or `Artifact`) or model (nn.Module).
 
-    example: the input tensor, or a tuple of them, batch included. threads: None uses every core this process may use.
-    device: host; torch or cuda for a module; android[:SERIAL]; mac, ios[:NAME] for a .mlpackage.
-    Times in ms. Errors: UsageError (bad file, inputs that do not fit, unknown device), EdgeIBTMError (the runtime
-    refused or aborted), DeviceError (a phone failed).
+    example: the input tensor, or a tuple of them, batch included; None makes noise of the shape a .pte
+    declares. threads: None uses every core this process may use. device: host; torch or cuda for a module;
+    android[:SERIAL]; mac, ios[:NAME] for a .mlpackage. Times in ms. Errors: UsageError (bad file, inputs that
+    do not fit, unknown device), EdgeIBTMError (the runtime refused or aborted), DeviceError (a phone failed).
     """
     result = probe_many([artifact_or_model], example, threads=threads, device=device, options=options).results[0]
     assert isinstance(result, Latency)
@@ -69,6 +70,8 @@ def probe_many(
     if kind not in DEVICES:
         raise UsageError(f"unknown device {device!r}; {suggest(kind, list(DEVICES))}")
     if all(_is_module(each) for each in artifacts_or_models):
+        if inputs is None:
+            raise UsageError("a model needs an example input; give a tensor such as torch.randn(1, 3, 224, 224)")
         return _probe_modules(list(artifacts_or_models), inputs, kind, threads, options)
     paths = [_path_of(each) for each in artifacts_or_models]
     if kind == "host":
@@ -111,13 +114,13 @@ def _path_of(thing: Any) -> Path:
     raise UsageError(f"cannot probe a {type(thing).__name__}; give a path, an Artifact or an nn.Module (all alike)")
 
 
-def _inputs_for(things: Sequence[Any], example: Any) -> list[tuple[Any, ...]]:
-    """One tuple of tensors for each artifact."""
+def _inputs_for(things: Sequence[Any], example: Any) -> list[tuple[Any, ...]] | None:
+    """One tuple of tensors for each artifact; None when there is no example."""
     if isinstance(example, list):
         if len(example) != len(things):
             raise UsageError(f"{len(example)} examples for {len(things)} artifacts; give one for each, or one tensor")
         return [_tuple(each) for each in example]
-    return [_tuple(example)] * len(things)
+    return [_tuple(example)] * len(things) if example is not None else None
 
 
 def _tuple(example: Any) -> tuple[Any, ...]:

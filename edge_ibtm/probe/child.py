@@ -1,7 +1,8 @@
 """The child process of a host probe: loads .pte files in the ExecuTorch runtime and times them.
 
-`python -m edge_ibtm.probe.child REQUEST.json`. It runs apart because native code may abort: the parent then sees a
-signal and the last lines of stderr. The answer is a JSON file: {"results": [...]} or {"error": message, "usage": bool}.
+`python -m edge_ibtm.probe.child REQUEST.json`. It runs apart because native code may abort: the parent then
+sees a signal and the last lines of stderr. The answer is a JSON file: {"results": [...]} or {"error":
+message, "usage": bool}.
 """
 
 from __future__ import annotations
@@ -33,7 +34,18 @@ ERROR_NAMES = {
     0x31: "delegate out of memory",
     0x32: "delegate has an invalid handle",
 }
-_BAD_FILE = {0x12, 0x23, 0x24}
+SCALAR_TYPES = {
+    0: "uint8",
+    1: "int8",
+    2: "int16",
+    3: "int32",
+    4: "int64",
+    5: "float16",
+    6: "float32",
+    7: "float64",
+    11: "bool",
+    15: "bfloat16",
+}
 
 
 class _Model:
@@ -53,14 +65,7 @@ class _Model:
         self.growth_mb = None if before is None or peak is None else max(0.0, peak - before)
 
     def _load(self, etdump: bool) -> None:
-        from executorch.runtime import Runtime
-
-        try:
-            self.program = Runtime.get().load_program(self.path, enable_etdump=etdump)
-        except RuntimeError as error:
-            raise UsageError(
-                f"{self.path} is not a program this runtime can read ({_reason(error)}); lower it again"
-            ) from None
+        self.program = load_program(self.path, etdump)
 
     def _init(self) -> None:
         names = sorted(self.program.method_names)
@@ -88,6 +93,16 @@ class _Model:
             raise UsageError(f"{self.path} does not run on {have} ({_reason(error)}); it takes {want}") from None
 
 
+def load_program(path: Path, etdump: bool = False) -> Any:
+    """The runtime's `Program`, or UsageError when the file is none."""
+    from executorch.runtime import Runtime
+
+    try:
+        return Runtime.get().load_program(path, enable_etdump=etdump)
+    except RuntimeError as error:
+        raise UsageError(f"{path} is not a program this runtime can read ({_reason(error)}); lower it again") from None
+
+
 def _reason(error: Exception) -> str:
     """The runtime's error number in words."""
     text = str(error)
@@ -98,23 +113,37 @@ def _reason(error: Exception) -> str:
         return text
 
 
-def _measure(request: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
+def _start(request: dict[str, Any]) -> Any:
+    """The runtime's bindings, with all kernels registered and the thread pool sized."""
     _register_kernels()
     from executorch.extension.pybindings import portable_lib as runtime
 
-    if request["threads"]:
-        runtime._unsafe_reset_threadpool(request["threads"])
-    inputs = torch.load(request["inputs"], weights_only=True)
-    options = ProbeOptions(**request["options"])
+    runtime._unsafe_reset_threadpool(request["threads"])
+    return runtime
+
+
+def _execute(request: dict[str, Any]) -> tuple[list[_Model], list[Any]]:
+    """Load every program and run it once; inputs and outputs are saved for the parent."""
+    import torch
+
+    given = torch.load(request["inputs"], weights_only=True)
+    inputs = [one or random_inputs(path) for one, path in zip(given, request["paths"], strict=True)]
     models = [_Model(path, inputs[i]) for i, path in enumerate(request["paths"])]
     outputs = [model.run() for model in models]
+    torch.save({"inputs": inputs, "outputs": outputs}, request["outputs"])
+    return models, inputs
+
+
+def _measure(request: dict[str, Any]) -> dict[str, Any]:
+    runtime = _start(request)
+    models, inputs = _execute(request)
+    if not request["measure"]:
+        return {"results": []}
+    options = ProbeOptions(**request["options"])
     warm = [warm_up(model.run, options) for model in models]
     before = {"load": facts.load_average(), "mhz": facts.cpu_mhz(), "thermal": facts.thermal_c()}
     samples = sample_rounds([model.run for model in models], options)
     after = {"load": facts.load_average(), "mhz": facts.cpu_mhz(), "thermal": facts.thermal_c()}
-    torch.save(outputs, request["outputs"])
     if options.profile:
         _trace(request, inputs)
     return {
@@ -126,12 +155,29 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def random_inputs(path: str) -> list[Any]:
+    """Inputs of the shapes and types that the program declares: seeded normal noise, cut to the type."""
+    import torch
+
+    meta = load_program(Path(path)).metadata("forward")
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for index in range(meta.num_inputs()):
+        spec = meta.input_tensor_meta(index)
+        values = torch.randn(spec.sizes(), generator=generator)
+        inputs.append(values.to(getattr(torch, SCALAR_TYPES[spec.dtype()])))
+    return inputs
+
+
 def _register_kernels() -> None:
     """Quantized operators outside the delegate have their kernels in a library of their own."""
     try:
         import executorch.kernels.quantized  # noqa: F401
     except (ImportError, OSError):
-        print("no quantized kernel library; quantized operators outside a delegate will be missing", file=sys.stderr)
+        print(
+            "no quantized kernel library; quantized operators outside a delegate will be missing",
+            file=sys.stderr,
+        )
 
 
 def _row(model: _Model, warm: tuple[int, bool], samples: list[float]) -> dict[str, Any]:

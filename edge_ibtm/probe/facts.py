@@ -1,4 +1,4 @@
-"""What the machine at hand is and what state it is in: CPU, cores, load, frequencies, temperatures, memory."""
+"""What the machine at hand is and what state it is in: CPU, cores, load, clocks, temperatures, memory."""
 
 from __future__ import annotations
 

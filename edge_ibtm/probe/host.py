@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,15 @@ from edge_ibtm.probe.schema import Device, Latency, ProbeRun, Profile, Ratio
 
 CONFIDENCE = 0.95
 TRACE_RUNS = 10
-_TELLING = re.compile(r"not registered|[Mm]issing operator|Expected|expected|unexpected|Attempted|Check failed|terminate")
+_TELLING = re.compile(
+    r"not registered|[Mm]issing operator|Expected|expected|unexpected|Attempted|Check failed|terminate"
+)
 
 
 def check_pte(path: Path) -> None:
-    """UsageError unless `path` is a whole ExecuTorch program by its header (magic ET12, sizes from the `eh00` header)."""
+    """UsageError unless `path` is a whole ExecuTorch program by its header (magic ET12, sizes from the `eh00`
+    header).
+    """
     if not path.is_file():
         raise UsageError(f"no file {path}; lower a model first: `edge-ibtm compress --model M` or `edge_ibtm.lower`")
     size = path.stat().st_size
@@ -45,16 +49,47 @@ def check_pte(path: Path) -> None:
         raise UsageError(f"{path} is cut short: {size} bytes; copy or lower it again")
 
 
+@dataclass(frozen=True)
+class Execution:
+    """What one program was given and what it answered, both lists of tensors."""
+
+    inputs: list[Any]
+    outputs: list[Any]
+
+
 def probe_files(
-    paths: Sequence[str | Path], inputs: Sequence[Sequence[Any]], threads: int | None, options: ProbeOptions
-) -> tuple[ProbeRun, list[list[Any]]]:
+    paths: Sequence[str | Path],
+    inputs: Sequence[Sequence[Any]] | None,
+    threads: int | None,
+    options: ProbeOptions,
+) -> tuple[ProbeRun, list[Execution]]:
     """Probe `.pte` files round-robin in one child process.
 
-    inputs: per file, the tensors it takes. Returns the run and each file's output tensors.
-    Errors: UsageError (missing, foreign or truncated file, inputs that do not fit), EdgeIBTMError (missing backend or
-    operator, native abort, timeout).
+    inputs: per file, the tensors it takes; None makes seeded noise of the shapes each program declares.
+    Errors: UsageError (missing, foreign or truncated file, inputs that do not fit), EdgeIBTMError (missing
+    backend or operator, native abort, timeout).
     """
     files = [Path(path).resolve() for path in paths]
+    answer, executions, profiles = _ask_child(files, inputs, threads, options, measure=True)
+    return _assemble(files, answer, profiles), executions
+
+
+def run_files(paths: Sequence[str | Path], inputs: Sequence[Sequence[Any]] | None = None) -> list[Execution]:
+    """Run each `.pte` file once in a child process, untimed, on one thread. Inputs and errors as
+    `probe_files`.
+    """
+    files = [Path(path).resolve() for path in paths]
+    return _ask_child(files, inputs, 1, ProbeOptions(), measure=False)[1]
+
+
+def _ask_child(
+    files: list[Path],
+    inputs: Sequence[Sequence[Any]] | None,
+    threads: int | None,
+    options: ProbeOptions,
+    measure: bool,
+) -> tuple[dict[str, Any], list[Execution], Sequence[Profile | None]]:
+    """The child's answer, each file's inputs and outputs, and its profile where one was asked for."""
     for file in files:
         check_pte(file)
     if threads is not None and threads < 1:
@@ -62,12 +97,15 @@ def probe_files(
     import torch
 
     with tempfile.TemporaryDirectory(prefix="edge-ibtm-probe-") as folder:
-        request = _request(Path(folder), files, threads, options)
-        torch.save([[x.contiguous() for x in one] for one in inputs], request["inputs"])
+        request = _request(Path(folder), files, threads, options) | {"measure": measure}
+        given = [[]] * len(files) if inputs is None else [[x.contiguous() for x in one] for one in inputs]
+        torch.save(given, request["inputs"])
         answer = _run_child(Path(folder), request, files, options)
-        outputs = torch.load(request["outputs"], weights_only=True)
-        profiles = _profiles(request["etdump"]) if options.profile else [None] * len(files)
-    return _assemble(files, answer, profiles), outputs
+        saved = torch.load(request["outputs"], weights_only=True)
+        traced = measure and options.profile
+        profiles = _profiles(request["etdump"]) if traced else [None] * len(files)
+    pairs = zip(saved["inputs"], saved["outputs"], strict=True)
+    return answer, [Execution(i, o) for i, o in pairs], profiles
 
 
 def _request(folder: Path, files: list[Path], threads: int | None, options: ProbeOptions) -> dict[str, Any]:
@@ -175,9 +213,10 @@ def host_device(before: dict[str, Any], after: dict[str, Any]) -> Device:
 
 
 def _load_note(load: float | None) -> tuple[str, ...]:
-    if load is None or load <= 0.5 * facts.usable_cores():
+    cores = facts.usable_cores()
+    if load is None or load <= 0.5 * cores:
         return ()
-    return (f"the machine was busy (load average {load} on {facts.usable_cores()} cores): trust ratios of one run only",)
+    return (f"the machine was busy (load average {load} on {cores} cores): trust only ratios of one run",)
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Timing of callables: warm-up until stable, then one timed run of each model a round, so that models can be compared."""
+"""Timing of callables: warm-up until stable, then one timed run of each model a round, so that models can be
+compared.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from edge_ibtm.probe.statistics import settled
 class ProbeOptions:
     """How a probe is run.
 
-    warmup: least number of untimed runs; the warm-up goes on until the medians of two windows of 5 runs agree within
-    5 %, for at most `warmup_seconds`. samples: timed runs of each model; cut short after `seconds` of timing for each
-    model, though never under 5. timeout: seconds the whole child process may take.
+    warmup: least number of untimed runs; the warm-up goes on until the medians of two windows of 5 runs agree
+    within 5 %, for at most `warmup_seconds`. samples: timed runs of each model; cut short after `seconds` of
+    timing for each model, though never under 5. timeout: seconds the whole child process may take.
     """
 
     warmup: int = 5
@@ -55,7 +57,9 @@ def warm_up(run: Callable[[], Any], options: ProbeOptions) -> tuple[int, bool]:
 
 
 def sample_rounds(runs: Sequence[Callable[[], Any]], options: ProbeOptions) -> list[list[float]]:
-    """Per callable, one timed run a round. The order rotates, so that no model always follows the same other one."""
+    """Per callable, one timed run a round. The order rotates, so that no model always follows the same other
+    one.
+    """
     samples: list[list[float]] = [[] for _ in runs]
     deadline = time.perf_counter() + options.seconds * len(runs)
     for number in range(options.samples):

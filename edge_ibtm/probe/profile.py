@@ -1,4 +1,6 @@
-"""Per-operator times from an ETDump file: which operators cost what, and how much runs outside every delegate."""
+"""Per-operator times from an ETDump file: which operators cost what, and how much runs outside every
+delegate.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from edge_ibtm.probe.schema import OperatorTime, Profile
 def read_profile(path: str | Path, runs: int) -> Profile:
     """Parse an ETDump of `runs` inferences into operator times per inference, longest first.
 
-    A delegate call and the kernels inside it are both events: the kernels count when the delegate reports them, the
-    call itself otherwise. Errors: UsageError when the file is no ETDump, EdgeIBTMError when it holds no operator.
+    A delegate call and the kernels inside it are both events: the kernels count when the delegate reports
+    them, the call itself otherwise. Errors: UsageError when the file is no ETDump, EdgeIBTMError when it
+    holds no operator.
     """
     from executorch.devtools import Inspector
 
@@ -38,7 +41,7 @@ def read_profile(path: str | Path, runs: int) -> Profile:
 
 
 def _operators(events: list[Any], runs: int) -> dict[tuple[str, str], tuple[float, int]]:
-    """(operator, backend) -> (ms per inference, calls over all runs). Instances of one operator are added up."""
+    """(operator, backend) -> (ms per inference, calls over all runs); instances of one operator add up."""
     rows: dict[tuple[str, str], tuple[float, int]] = {}
     inside = calls = 0.0
     for event in events:
@@ -68,6 +71,8 @@ def profile_table(profile: Profile, top: int = 15) -> str:
     if len(profile.operators) > top:
         lines.append(f"... and {len(profile.operators) - top} more")
     share = profile.outside_ms / profile.total_ms if profile.total_ms else 0.0
-    lines.append(f"outside every delegate: {profile.outside_ms:.4f} of {profile.total_ms:.4f} ms ({share:.1%}), "
-                 f"mean of {profile.runs} traced runs")
+    lines.append(
+        f"outside every delegate: {profile.outside_ms:.4f} of {profile.total_ms:.4f} ms ({share:.1%}), "
+        f"mean of {profile.runs} traced runs"
+    )
     return "\n".join(lines)

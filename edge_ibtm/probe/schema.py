@@ -4,10 +4,11 @@ A result is one of three shapes, told apart by `kind`:
 
     latency    percentiles of single runs of one artifact on one real device
     average    a mean that another tool reported: no percentile can be derived from it
-    emulated   parity and instruction counts under an emulator; the class has no field that could hold a latency
+    emulated   parity and instruction counts under an emulator; the class has no field that could hold a
+    latency
 
-`ProbeRun` is what a command writes: the results of one run and the ratios between them. All times are milliseconds,
-all memory is MB (10^6 bytes). JSON schema: `python -m edge_ibtm.probe.schema`.
+`ProbeRun` is what a command writes: the results of one run and the ratios between them. All times are
+milliseconds, all memory is MB (10^6 bytes). JSON schema: `python -m edge_ibtm.probe.schema`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from edge_ibtm.errors import UsageError
 
-SCHEMA_VERSION = 1
 DeviceKind = Literal["host", "cuda", "android", "apple", "emulated"]
 
 
@@ -79,7 +79,7 @@ class Profile(_Record):
 
 
 class _Result(_Record):
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model: str = Field(description="label: file stem or model name")
     device: Device
     file: str | None = None
@@ -130,7 +130,9 @@ class Emulated(_Result):
 
     kind: Literal["emulated"] = "emulated"
     emulated: Literal[True] = True
-    instructions: int | None = Field(None, description="guest instructions of one warm inference: a cost proxy, not time")
+    instructions: int | None = Field(
+        None, description="guest instructions of one warm inference: a cost proxy, not time"
+    )
     parity: Parity | None = None
 
 
@@ -156,7 +158,7 @@ def _now() -> str:
 class ProbeRun(_Record):
     """Everything one probe command measured, in the order the artifacts were given."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     taken: str = Field(default_factory=_now, description="UTC, ISO 8601")
     results: tuple[Result, ...]
     ratios: tuple[Ratio, ...] = ()
@@ -168,7 +170,9 @@ def json_schema() -> dict[str, Any]:
 
 
 def read_results(path: str | Path) -> ProbeRun:
-    """Read a results file: a run, a single result, or a log whose last line is one. UsageError for anything else."""
+    """Read a results file: a run, a single result, or a log whose last line is one. UsageError for anything
+    else.
+    """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"no results file {path}; write one with `edge-ibtm probe FILE --json {path}`")

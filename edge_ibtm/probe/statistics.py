@@ -1,4 +1,6 @@
-"""Percentiles and intervals of latency samples. Latencies are skewed: nothing here assumes a normal distribution."""
+"""Percentiles and intervals of latency samples. Latencies are skewed: nothing here assumes a normal
+distribution.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ def percentile(samples: Sequence[float], q: float) -> float:
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """(low, high, confidence reached) of the median, from order statistics.
 
-    With n samples, the number below the median is Binomial(n, 1/2), so [x_(k), x_(n+1-k)] covers the median with
-    probability 1 - 2 P(B < k) whatever the distribution. k is the largest rank that still reaches `confidence`; when
-    there are too few samples (under 6 for 95 %), the range is returned with the confidence it has.
+    With n samples, the number below the median is Binomial(n, 1/2), so [x_(k), x_(n+1-k)] covers the median
+    with probability 1 - 2 P(B < k) whatever the distribution. k is the largest rank that still reaches
+    `confidence`; when there are too few samples (under 6 for 95 %), the range is returned with the confidence
+    it has.
     """
     ordered = sorted(samples)
     n = len(ordered)

@@ -29,8 +29,8 @@ def probe_models(
 ) -> ProbeRun:
     """Probe eager (or torch.compile'd) models round-robin under inference mode.
 
-    The models are copied, so the caller's stay where they are. CUDA: each sample ends with a synchronisation, so it
-    covers the whole run and not only its launch. Errors: UsageError when there is no CUDA device.
+    The models are copied, so the caller's stay where they are. CUDA: each sample ends with a synchronisation,
+    so it covers the whole run and not only its launch. Errors: UsageError when there is no CUDA device.
     """
     if device not in ("cpu", "cuda"):
         raise UsageError(f"unknown torch device {device!r}; known: cpu, cuda")
