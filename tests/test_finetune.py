@@ -110,14 +110,15 @@ def test_accumulation_equals_one_large_batch() -> None:
 
 def test_distillation_pulls_towards_the_teacher() -> None:
     teacher, data = tiny_vit(), coloured()
-    finetune(teacher, data, None, replace(CPU, epochs=4, lr=3e-3))
+    wrong = TensorDataset(data.tensors[0], (data.tensors[1] + 1) % 4)  # so that only the teacher can teach this
+    finetune(teacher, wrong, None, replace(CPU, epochs=8, lr=3e-3))
     alone, taught = tiny_vit(), tiny_vit()
     finetune(alone, data, None, CPU)
     finetune(taught, data, None, replace(CPU, distill=20.0), teacher=teacher)
     images = data.tensors[0]
     with torch.no_grad():
         gaps = [float(distillation(m(images), teacher(images), 1.0)) for m in (alone, taught)]
-    assert gaps[1] < gaps[0]
+    assert gaps[1] < 0.8 * gaps[0]
 
 
 def test_soft_targets_and_distillation_values() -> None:
