@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tokens import Route, constant, row_max, tiles, unit
+from .tokens import Route, constant, row_max, unit
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,12 @@ def sequence_plan(route: Route, mass: Tensor, preserve_norm: bool = False) -> De
 class GridPlan:
     """Rows, then columns, of an H x W grid; None where an axis keeps all its tokens.
 
-    rows: lines [B * H * tiles, L]; columns: lines [B * W' * tiles, L]. Tokens are in row-major order before and after.
+    rows: lines [B * H * cuts, L]; columns: lines [B * W' * cuts, L]; cuts: tiles per column and per row. Tokens are in row-major order before and after.
     """
 
     grid: tuple[int, int]
     kept: tuple[int, int]
+    cuts: tuple[int, int]
     rows: DensePlan | None
     columns: DensePlan | None
 
@@ -118,18 +119,18 @@ class GridPlan:
 
     def _down(self, x: Tensor, step: Callable[[DensePlan, Tensor], Tensor]) -> Tensor:
         if self.rows is not None:
-            x = unfold_lines(step(self.rows, fold_rows(x, self.grid)), x.shape[0])
+            x = unfold_lines(step(self.rows, fold_rows(x, self.grid, self.cuts[1])), x.shape[0])
         if self.columns is not None:
-            lines = fold_columns(x, (self.grid[0], self.kept[1]))
+            lines = fold_columns(x, (self.grid[0], self.kept[1]), self.cuts[0])
             x = unfold_columns(step(self.columns, lines), x.shape[0], self.kept)
         return x
 
     def copy(self, y: Tensor) -> Tensor:
         if self.columns is not None:
-            lines = fold_columns(y, self.kept, tiles(self.grid[0]))
+            lines = fold_columns(y, self.kept, self.cuts[0])
             y = unfold_columns(self.columns.copy(lines), y.shape[0], (self.grid[0], self.kept[1]))
         if self.rows is not None:
-            lines = fold_rows(y, (self.grid[0], self.kept[1]), tiles(self.grid[1]))
+            lines = fold_rows(y, (self.grid[0], self.kept[1]), self.cuts[1])
             y = unfold_lines(self.rows.copy(lines), y.shape[0])
         return y
 
@@ -142,18 +143,38 @@ class GridPlan:
 
     def _batch(self) -> int:
         if self.rows is not None:
-            return self.rows.share.shape[0] // (self.grid[0] * tiles(self.grid[1]))
+            return self.rows.share.shape[0] // (self.grid[0] * self.cuts[1])
         assert self.columns is not None
-        return self.columns.share.shape[0] // (self.grid[1] * tiles(self.grid[0]))
+        return self.columns.share.shape[0] // (self.grid[1] * self.cuts[0])
 
 
-Plan = DensePlan | IndexPlan | GridPlan
+@dataclass(frozen=True)
+class PrefixPlan:
+    """A plan for all tokens but the first `prefix`, which stay as they are."""
+
+    prefix: int
+    inner: GridPlan
+
+    def pool(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, : self.prefix], self.inner.pool(x[:, self.prefix :])], 1)
+
+    def copy(self, y: Tensor) -> Tensor:
+        return torch.cat([y[:, : self.prefix], self.inner.copy(y[:, self.prefix :])], 1)
+
+    def total(self, size: Tensor) -> Tensor:
+        return torch.cat([size[:, : self.prefix], self.inner.total(size[:, self.prefix :])], 1)
+
+    def matrix(self) -> Tensor:
+        inner = self.inner.matrix()
+        return torch.stack([torch.block_diag(torch.eye(self.prefix), one) for one in inner])
 
 
-def fold_rows(x: Tensor, grid: tuple[int, int], cuts: int | None = None) -> Tensor:
+Plan = DensePlan | IndexPlan | GridPlan | PrefixPlan
+
+
+def fold_rows(x: Tensor, grid: tuple[int, int], cuts: int) -> Tensor:
     """[B, H * W, D] -> lines [B * H * cuts, W / cuts, D]."""
     height, width = grid
-    cuts = cuts or tiles(width)
     return x.reshape(x.shape[0] * height * cuts, width // cuts, x.shape[-1])
 
 
@@ -162,10 +183,9 @@ def unfold_lines(lines: Tensor, batch: int) -> Tensor:
     return lines.reshape(batch, -1, lines.shape[-1])
 
 
-def fold_columns(x: Tensor, grid: tuple[int, int], cuts: int | None = None) -> Tensor:
+def fold_columns(x: Tensor, grid: tuple[int, int], cuts: int) -> Tensor:
     """[B, H * W, D] -> lines [B * W * cuts, H / cuts, D]."""
     height, width = grid
-    cuts = cuts or tiles(height)
     turned = x.reshape(x.shape[0], height, width, x.shape[-1]).transpose(1, 2)
     return turned.reshape(x.shape[0] * width * cuts, height // cuts, x.shape[-1])
 

@@ -15,12 +15,15 @@ from .plan import (
     DensePlan,
     GridPlan,
     Plan,
+    PrefixPlan,
     dense_plan,
     fold_columns,
     fold_rows,
     sequence_plan,
 )
 from .tokens import check_ratio, kept_grid, kept_tokens, tiles
+
+_FIELDS = ("z", "metric", "size", "weight", "penalty", "importance")
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,13 @@ class Site(nn.Module):
     Stateless but for the merger's parameters; every count follows from the shape of the tokens.
     """
 
-    def __init__(self, merger: Merger, keep_ratio: float, layout: str, depth: float = 0.0) -> None:
+    def __init__(self, merger: Merger, keep_ratio: float, layout: str, depth: float = 0.0, longest: int = 16) -> None:
         super().__init__()
         check_ratio(keep_ratio)
         if layout not in ("sequence", "grid"):
             raise UsageError(f"unknown layout {layout!r}; known: sequence, grid")
         self.merger, self.keep_ratio, self.layout, self.depth = merger, keep_ratio, layout, depth
+        self.longest = longest
 
     def extra_repr(self) -> str:
         return f"keep_ratio={self.keep_ratio}, layout={self.layout!r}, depth={self.depth:.2f}"
@@ -71,7 +75,9 @@ class Site(nn.Module):
         if self.layout == "sequence":
             return kept_tokens(tokens, self.keep_ratio, prefix)
         assert grid is not None
-        height, width = kept_grid(*grid, self.keep_ratio)
+        if grid[0] * grid[1] + prefix != tokens:
+            raise UsageError(f"grid {grid[0]} x {grid[1]} does not hold {tokens} tokens, {prefix} of them prefix")
+        height, width = kept_grid(*grid, self.keep_ratio, self.longest)
         return prefix + height * width
 
     def forward(self, tokens: Tokens, grid: tuple[int, int] | None = None) -> Merged:
@@ -81,8 +87,7 @@ class Site(nn.Module):
         tokens = self.merger.prepare(replace(tokens, depth=self.depth))
         if self.layout == "sequence":
             return self._sequence(tokens)
-        if grid is None or grid[0] * grid[1] != tokens.z.shape[1]:
-            raise UsageError(f"grid {grid} does not hold {tokens.z.shape[1]} tokens")
+        assert grid is not None
         return self._grid(tokens, grid)
 
     def _sequence(self, tokens: Tokens) -> Merged:
@@ -92,21 +97,32 @@ class Site(nn.Module):
         return _merged(tokens, plan, None)
 
     def _grid(self, tokens: Tokens, grid: tuple[int, int]) -> Merged:
-        kept = kept_grid(*grid, self.keep_ratio)
+        kept = kept_grid(*grid, self.keep_ratio, self.longest)
+        cuts = (tiles(grid[0], self.longest), tiles(grid[1], self.longest))
         rows = columns = None
-        current = tokens
+        current = _without_prefix(tokens)
         if kept[1] < grid[1]:
-            lines = _lines(current, lambda x: fold_rows(x, grid))
-            rows = self._line_plan(lines, kept[1] // tiles(grid[1]))
-            current = _pooled(current, GridPlan(grid, (grid[0], kept[1]), rows, None), lines, rows)
+            lines = _lines(current, lambda x: fold_rows(x, grid, cuts[1]))
+            rows = self._line_plan(lines, kept[1] // cuts[1])
+            current = _pooled(current, GridPlan(grid, (grid[0], kept[1]), cuts, rows, None), lines, rows)
         if kept[0] < grid[0]:
-            lines = _lines(current, lambda x: fold_columns(x, (grid[0], kept[1])))
-            columns = self._line_plan(lines, kept[0] // tiles(grid[0]))
-        return _merged(tokens, GridPlan(grid, kept, rows, columns), kept)
+            lines = _lines(current, lambda x: fold_columns(x, (grid[0], kept[1]), cuts[0]))
+            columns = self._line_plan(lines, kept[0] // cuts[0])
+        plan = GridPlan(grid, kept, cuts, rows, columns)
+        return _merged(tokens, PrefixPlan(tokens.prefix, plan) if tokens.prefix else plan, kept)
 
     def _line_plan(self, lines: Tokens, keep: int) -> DensePlan:
         route = self.merger.route(lines, keep)
         return dense_plan(route, lines.mass(), self.merger.preserves_norm(lines))
+
+
+def _without_prefix(tokens: Tokens) -> Tokens:
+    """The grid's tokens alone."""
+    p = tokens.prefix
+    if not p:
+        return tokens
+    cut = {name: None if (x := getattr(tokens, name)) is None else x[:, p:] for name in _FIELDS}
+    return replace(tokens, prefix=0, **cut)
 
 
 def _vector(x: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -45,6 +45,13 @@ class Route:
         return hard if self.soft is None else hard + self.soft
 
 
+def _pooled(length: int, keep: int, prefix: int) -> np.ndarray:
+    """1-based slots [1, length]: the prefix stays, the rest falls into `keep - prefix` runs of as equal length as can be."""
+    free = length - prefix
+    runs = np.floor(np.arange(free) * (keep - prefix) / max(free, 1)) + prefix
+    return np.concatenate([np.arange(prefix), runs])[None] + 1
+
+
 @cache
 def _constant(kind: str, *size: int) -> np.ndarray:
     makers = {
@@ -56,7 +63,7 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "protect_even": lambda n, k: -_PROTECTED * (np.arange(n) * 2 < k)[:, None],
         "protect_odd": lambda n, k: -_PROTECTED * (np.arange(n) * 2 + 1 < k),
         "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),
-        "pooled": lambda n, keep: np.floor(np.arange(n) * keep / n)[None] + 1,
+        "pooled": _pooled,
         "head": lambda n, k: 2.0 * (np.arange(n) < k)[None],
     }
     return np.ascontiguousarray(makers[kind](*size)[None], dtype=np.float32)
@@ -86,14 +93,14 @@ def check_ratio(keep_ratio: float) -> None:
         raise UsageError(f"keep ratio {keep_ratio!r} is outside (0, 1]; 0.7 keeps 70 % of the tokens")
 
 
-def kept_grid(height: int, width: int, keep_ratio: float) -> tuple[int, int]:
+def kept_grid(height: int, width: int, keep_ratio: float, longest: int = 16) -> tuple[int, int]:
     """The grid (H', W') whose area is nearest to keep_ratio * H * W, sides cut alike, each side at least halved at most.
 
-    Sides longer than 16 are cut into equal tiles that merge on their own, so H' and W' are multiples of the number of
+    Sides longer than `longest` are cut into equal tiles that merge on their own, so H' and W' are multiples of the number of
     tiles. Raises UsageError for a ratio outside (0, 1] or below what one matching per axis can reach (a quarter).
     """
     check_ratio(keep_ratio)
-    sides = [[t * k for k in range((s // t + 1) // 2, s // t + 1)] for s in (height, width) for t in [tiles(s)]]
+    sides = [[t * k for k in range((s // t + 1) // 2, s // t + 1)] for s in (height, width) for t in [tiles(s, longest)]]
     best = min(
         ((h, w) for h in sides[0] for w in sides[1]),
         key=lambda hw: (_misfit(hw, (height, width), keep_ratio), -hw[0]),

@@ -1,0 +1,142 @@
+"""What the families share: their description, the settings of a surgery, and blocks with sites between their halves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..mergers import make_merger
+from ..site import Site
+from ..tokens import check_ratio
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A surgery: which merger, how much to keep (one ratio, or one a site), in which layout, how often to match."""
+
+    merger: str
+    keep_ratio: float | Sequence[float]
+    layout: str
+    density: str
+    classes: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of backbones; the first layout and the first density are its defaults.
+
+    handles: whether a model is of the family; insert / remove: the surgery, in place; attention: what its sites can read
+    of the block's attention; twin: a tiny random model of the family for tests, with its image size.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    layouts: tuple[str, ...]
+    densities: tuple[str, ...]
+    handles: Callable[[nn.Module], bool]
+    insert: Callable[[nn.Module, Settings], None]
+    remove: Callable[[nn.Module], None]
+    attention: Callable[[nn.Module], tuple[str, ...]]
+    twin: Callable[[], tuple[nn.Module, int]]
+
+
+class SiteMaker:
+    """Hands out the sites of one surgery in order, each with its ratio and depth, and counts them."""
+
+    def __init__(self, settings: Settings, count: int) -> None:
+        self.settings, self.count, self.made = settings, count, 0
+        ratio = settings.keep_ratio
+        self.ratios = [float(r) for r in ratio] if isinstance(ratio, Sequence) else [float(ratio)] * count
+        if len(self.ratios) != count:
+            raise UsageError(
+                f"{len(self.ratios)} keep ratios for {count} sites (density {settings.density!r}); give one, or {count}"
+            )
+        for r in self.ratios:
+            check_ratio(r)
+
+    def __call__(self, dim: int, longest: int = 16) -> Site:
+        """The next site, for tokens of width `dim`."""
+        settings, index = self.settings, self.made
+        self.made += 1
+        merger = make_merger(settings.merger, dim, settings.classes)
+        return Site(merger, self.ratios[index], settings.layout, depth=index / max(self.count, 1), longest=longest)
+
+
+class MergedBlocks(nn.Module):
+    """A stand-in for an nn.Sequential of timm blocks: the same children under the same names, and `sites` beside them.
+
+    Iterating gives one callable a block, as timm's own loops expect; what is carried from block to block lives in that
+    iteration, not on the module.
+    """
+
+    sites: nn.ModuleDict
+
+    def __init__(self, blocks: nn.Sequential, sites: dict[int, Site]) -> None:
+        super().__init__()
+        for name, block in blocks.named_children():
+            self.add_module(name, block)
+        self.sites = nn.ModuleDict({str(i): site for i, site in sites.items()})
+
+    def blocks(self) -> list[nn.Module]:
+        """timm's own blocks, in order."""
+        return [block for name, block in self.named_children() if name != "sites"]
+
+    def site(self, index: int) -> Site | None:
+        return self.sites[str(index)] if str(index) in self.sites else None  # type: ignore[return-value]
+
+    def restored(self) -> nn.Sequential:
+        """The nn.Sequential that was replaced."""
+        return nn.Sequential(*self.blocks())
+
+    def __len__(self) -> int:
+        return len(self.blocks())
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            chosen = range(len(self))[index]
+            if chosen.start != 0 or chosen.step != 1:
+                raise UsageError(f"merged blocks can be cut only at their end, not {index}: tokens merge in order")
+            part = type(self).__new__(type(self))
+            nn.Module.__init__(part)
+            part.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("_")})
+            for i, block in zip(chosen, self.blocks()):
+                part.add_module(str(i), block)
+            part.sites = nn.ModuleDict({k: s for k, s in self.sites.items() if int(k) in chosen})
+            return part
+        return self.blocks()[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x
+
+
+def replace_modules(model: nn.Module, kind: type[nn.Module], change: Callable[[Any], nn.Module]) -> int:
+    """Replace every child of class `kind`, anywhere in the model, by `change(child)`. Returns how many there were."""
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if isinstance(child, kind)]  # fmt: skip
+    for parent, name, child in found:
+        setattr(parent, name, change(child))
+    return len(found)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """A map [B, C, H, W] to tokens [B, H * W, C]."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])
+
+
+def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens [B, H * W, C] to a map [B, C, H, W]."""
+    return tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1]).permute(0, 3, 1, 2)
+
+
+def no_attention(model: nn.Module) -> tuple[str, ...]:
+    """For families whose sites cannot read a block's attention."""
+    return ()

@@ -1,0 +1,178 @@
+"""MobileViT: tokens are merged at the entry of each MobileViT block, or between attention and MLP of its layers.
+
+A token here is a whole 2 x 2 patch (4 C features): its four pixels merge together, so the fold still works, and matching is
+done once instead of four times. At the entry, tokens stay merged for all layers of the block; a restored token keeps its
+own features and gets its merged token's update.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.mobilevit import MobileVitBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..mergers import Tokens
+from ..site import Merged, Site
+from .common import Family, Settings, SiteMaker, no_attention, replace_modules
+from .vit import attention_half, mlp_half, size_bias
+
+MODELS = tuple(f"mobilevit_{size}" for size in ("xxs", "xs", "s"))
+
+
+class MergedMobileVitBlock(nn.Module):
+    """timm's MobileVitBlock, its children under their own names, with one site at the entry or one in every layer."""
+
+    def __init__(self, block: MobileVitBlock, sites: list[Site], density: str) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.patch_size, self.patch_area, self.density = block.patch_size, block.patch_area, density
+        self.conv_fusion = block.conv_fusion
+        self.sites = nn.ModuleList(sites)
+
+    def restored(self) -> MobileVitBlock:
+        """The block as timm builds it, with the same children."""
+        block = MobileVitBlock.__new__(MobileVitBlock)
+        nn.Module.__init__(block)
+        for name, child in self.named_children():
+            if name != "sites":
+                block.add_module(name, child)
+        block.patch_size, block.patch_area, block.conv_fusion = self.patch_size, self.patch_area, self.conv_fusion
+        return block.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map [B, C, H, W] through the block: the same shape, or H' x W' with density "once"."""
+        if self.density == "once":
+            x = self._merge_map(x)
+        local: Tensor = self.conv_1x1(self.conv_kxk(x))  # type: ignore[operator]
+        size, (ph, pw) = local.shape[2:], self.patch_size
+        grid = math.ceil(size[0] / ph), math.ceil(size[1] / pw)
+        even = (grid[0] * ph, grid[1] * pw)
+        if even != tuple(size):
+            local = F.interpolate(local, size=even, mode="bilinear", align_corners=False)
+        y = self._fold(self._global(self._unfold(local, grid), grid), grid)
+        if even != tuple(size):
+            y = F.interpolate(y, size=size, mode="bilinear", align_corners=False)
+        y = self.conv_proj(y)  # type: ignore[operator]
+        return y if self.conv_fusion is None else self.conv_fusion(torch.cat((x, y), dim=1))
+
+    def _unfold(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, C, H, W] -> patch tokens [B, N, area * C]."""
+        batch, channels = x.shape[:2]
+        x = x.reshape(batch, channels, grid[0], self.patch_size[0], grid[1], self.patch_size[1])
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid[0] * grid[1], self.patch_area * channels)
+
+    def _fold(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens [B, N, area * C] -> [B, C, H, W]."""
+        (ph, pw), batch = self.patch_size, tokens.shape[0]
+        x = tokens.reshape(batch, *grid, ph, pw, -1).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(batch, -1, grid[0] * ph, grid[1] * pw)
+
+    def _pixels(self, tokens: Tensor) -> Tensor:
+        """Patch tokens [B, N, area * C] -> timm's sequences, one a pixel of the patch: [B * area, N, C]."""
+        batch, count, width = tokens.shape
+        x = tokens.reshape(batch, count, self.patch_area, width // self.patch_area).transpose(1, 2)
+        return x.reshape(batch * self.patch_area, count, width // self.patch_area)
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """The inverse of `_pixels`."""
+        lines, count, channels = pixels.shape
+        x = pixels.reshape(lines // self.patch_area, self.patch_area, count, channels).transpose(1, 2)
+        return x.reshape(lines // self.patch_area, count, self.patch_area * channels)
+
+    def _site(self, index: int, z: Tensor, grid: tuple[int, int], before: Merged | None = None) -> Merged:
+        logits = before.logits if before is not None else None
+        return self.sites[index](Tokens(z, torch.ones_like(z[..., 0]), z, logits=logits), grid)
+
+    def _global(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The transformer layers and the norm, on patch tokens [B, N, area * C]."""
+        transformer: Any = self.transformer
+        if self.density == "block":
+            return self._patches(self.norm(self._layers(z, grid)))  # type: ignore[operator]
+        if self.density == "once":
+            return self._patches(self.norm(transformer(self._pixels(z))))  # type: ignore[operator]
+        merged = self._site(0, z, grid)
+        proportional = self.sites[0].merger.proportional and merged.plan is not None
+        bias = size_bias(merged.size, self.patch_area) if proportional else None
+        x = self._pixels(merged.x)
+        y = x
+        for layer in transformer:
+            y = layer(y, attn_mask=bias)
+        if merged.plan is None:
+            return self._patches(self.norm(y))  # type: ignore[operator]
+        restored = self._pixels(z + merged.copy(self._patches(y - x)))
+        return self._patches(self.norm(restored))  # type: ignore[operator]
+
+    def _layers(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Every layer attends to all tokens and merges for its MLP; -> pixel sequences."""
+        x, merged = self._pixels(z), None
+        for index, layer in enumerate(self.transformer):  # type: ignore[arg-type]
+            x = attention_half(layer, x, None)
+            merged = self._site(index, self._patches(x), grid, merged)
+            if merged.plan is None:
+                x = mlp_half(layer, x)
+                continue
+            pooled = self._pixels(merged.x)
+            update = self._patches(mlp_half(layer, pooled) - pooled)
+            x = x + self._pixels(merged.copy(update))
+        return x
+
+    def _merge_map(self, x: Tensor) -> Tensor:
+        """Merge the map in units of patches, for good: [B, C, H, W] -> [B, C, H', W']."""
+        (ph, pw), size = self.patch_size, x.shape[2:]
+        if size[0] % ph or size[1] % pw:
+            return x
+        grid = size[0] // ph, size[1] // pw
+        merged = self._site(0, self._unfold(x, grid), grid)
+        return self._fold(merged.x, merged.grid)  # type: ignore[arg-type]
+
+
+def insert(model: nn.Module, settings: Settings) -> None:
+    """Put sites into every MobileViT block found in `model`; with density "once" into the first only."""
+    blocks: list[Any] = [m for m in model.modules() if isinstance(m, MobileVitBlock)]
+    counts = {"stage": [1] * len(blocks), "once": [1] + [0] * (len(blocks) - 1)}
+    sites = counts.get(settings.density, [len(b.transformer) for b in blocks])
+    maker = SiteMaker(settings, sum(sites))
+    made = iter(sites)
+
+    def change(block: MobileVitBlock) -> nn.Module:
+        count = next(made)
+        if not count:
+            return block
+        inner = block.conv_kxk.conv.in_channels if settings.density == "once" else block.conv_1x1.out_channels
+        width = inner * block.patch_area
+        return MergedMobileVitBlock(block, [maker(width) for _ in range(count)], settings.density).train(block.training)
+
+    replace_modules(model, MobileVitBlock, change)
+
+
+def remove(model: nn.Module) -> None:
+    """Take the sites out again."""
+    replace_modules(model, MergedMobileVitBlock, lambda merged: merged.restored())
+
+
+def twin() -> tuple[nn.Module, int]:
+    """The smallest MobileViT at 64 px: 4 x 4, 2 x 2 and 1 x 1 patches."""
+    import timm
+
+    return timm.create_model("mobilevit_xxs", num_classes=5).eval(), 128
+
+
+MOBILEVIT = Family(
+    name="mobilevit",
+    models=MODELS,
+    layouts=("grid", "sequence"),
+    densities=("stage", "block", "once"),
+    handles=lambda model: any(
+        isinstance(m, MobileVitBlock) and all(isinstance(b, Block) for b in m.transformer) for m in model.modules()
+    ),
+    insert=insert,
+    remove=remove,
+    attention=no_attention,
+    twin=twin,
+)

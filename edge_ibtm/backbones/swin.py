@@ -1,0 +1,115 @@
+"""Swin: sites between window attention and MLP; restored after the MLP, so windows, shifts and patch merging are untouched.
+
+A restored token keeps its own features and gets its merged token's update: z + copy(MLP(merged)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..mergers import Tokens
+from ..site import Merged, Site
+from .common import Family, MergedBlocks, Settings, SiteMaker, no_attention
+
+MODELS = tuple(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base"))
+WINDOW = 7
+
+
+class MergedSwinBlocks(MergedBlocks):
+    """A stage's blocks with sites: grid layout merges rows and columns of window length, sequence layout whole windows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        merged: Merged | None = None
+        for index, block in enumerate(self.blocks()):
+            x, merged = self.step(index, block, x, merged)
+        return x
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        merged: Merged | None = None
+
+        def call(index: int, block: nn.Module, x: Tensor) -> Tensor:
+            nonlocal merged
+            x, merged = self.step(index, block, x, merged)
+            return x
+
+        for index, block in enumerate(self.blocks()):
+            yield lambda x, index=index, block=block: call(index, block, x)
+
+    def step(self, index: int, block: nn.Module, x: Tensor, merged: Merged | None) -> tuple[Tensor, Merged | None]:
+        """One block on x [B, H, W, C]; a block without a site of its own reuses the plan of the last one."""
+        b: Any = block
+        x = x + b.drop_path1(b._attn(b.norm1(x)))
+        shape, site = x.shape, self.site(index)
+        windows = self._windows(x, b.window_size)
+        z = windows.reshape(windows.shape[0], -1, shape[-1])
+        if site is not None:
+            logits = merged.logits if merged is not None else None
+            size = torch.ones_like(z[..., 0])
+            merged = site(Tokens(z, size, z, logits=logits), tuple(windows.shape[1:3]))
+        assert merged is not None
+        update = merged.copy(b.drop_path2(b.mlp(b.norm2(merged.pool(z) if site is None else merged.x))))
+        update = update.reshape(windows.shape)
+        if windows.shape[1:] != shape[1:]:
+            update = window_reverse(update, b.window_size, shape[1], shape[2])
+        return x + update, merged
+
+    def _windows(self, x: Tensor, window: tuple[int, int]) -> Tensor:
+        """What merges among itself: the whole map in grid layout, windows [B * nW, 7, 7, C] in sequence layout."""
+        if next(iter(self.sites.values())).layout == "grid":  # type: ignore[attr-defined]
+            return x
+        if x.shape[1] % window[0] or x.shape[2] % window[1]:
+            raise UsageError(
+                f"the sequence layout merges whole windows: a {x.shape[1]} x {x.shape[2]} map is not a multiple of "
+                f"{window[0]} x {window[1]}; use layout='grid'"
+            )
+        return window_partition(x, window)
+
+
+def insert(model: nn.Module, settings: Settings) -> None:
+    """Put sites into every Swin stage found in `model`."""
+    stages: list[Any] = [m for m in model.modules() if isinstance(m, SwinTransformerStage)]
+    chosen = [range(len(s.blocks)) if settings.density == "block" else range(1) for s in stages]
+    maker = SiteMaker(settings, sum(len(c) for c in chosen))
+    for stage, indices in zip(stages, chosen):
+        sites: dict[int, Site] = {i: maker(stage.blocks[i].dim, WINDOW) for i in indices}
+        stage.blocks = MergedSwinBlocks(stage.blocks, sites)
+
+
+def remove(model: nn.Module) -> None:
+    """Take the sites out again."""
+    for stage in [m for m in model.modules() if isinstance(m, SwinTransformerStage)]:
+        if isinstance(stage.blocks, MergedSwinBlocks):
+            stage.blocks = stage.blocks.restored()
+
+
+def twin() -> tuple[nn.Module, int]:
+    """A tiny Swin with shifted 7 x 7 windows."""
+    model = SwinTransformer(
+        img_size=56, patch_size=4, window_size=7, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_classes=5
+    )
+    return model.eval(), 56
+
+
+SWIN = Family(
+    name="swin",
+    models=MODELS,
+    layouts=("grid", "sequence"),
+    densities=("block", "stage"),
+    handles=lambda model: any(isinstance(m, SwinTransformerBlock) for m in model.modules()),
+    insert=insert,
+    remove=remove,
+    attention=no_attention,
+    twin=twin,
+)

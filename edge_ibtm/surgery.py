@@ -1,0 +1,134 @@
+"""Put mergers into a model and take them out again.
+
+Inserting twice is inserting once; removing restores timm's own modules with the very parameters they had. Nothing is kept
+on the model besides modules, parameters and buffers, so it can be exported as often as one likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .backbones import Family, Settings, family_of
+from .errors import UsageError, lookup
+from .mergers import check_merger
+from .site import Merged, Site
+from .tokens import check_ratio
+
+
+@dataclass(frozen=True)
+class SiteTrace:
+    """What happened at one site: assignment S [B, P, N], weights w [B, N] and merged sizes [B, P].
+
+    In the sequence layout of Swin, and nowhere else, B counts windows.
+    """
+
+    path: str
+    assignment: Tensor
+    weights: Tensor
+    sizes: Tensor
+
+
+def insert_mergers(
+    model: nn.Module,
+    *,
+    merger: str = "ibtm",
+    keep_ratio: float | Sequence[float] = 0.7,
+    macs: float | None = None,
+    layout: str = "auto",
+    density: str = "auto",
+    img_size: int | None = None,
+) -> nn.Module:
+    """Put merge sites into a timm model, in place, and return it.
+
+    merger: a name of `mergers.MERGERS`, or `a+b` for a merger followed by a pruner. keep_ratio: tokens kept / tokens
+    entering, for all sites or a list with one a site (ViT: a single ratio is what is left after the last site). macs:
+    instead, the share of the base model's multiply-accumulates to meet; the keep ratio is solved for it, at img_size
+    (default: the model's own). layout: sequence, grid or auto; density: how often to match, block, stage, once or auto.
+
+    Raises UsageError for an unknown name, a ratio outside (0, 1], a pair without meaning, or a model without tokens.
+    """
+    family = family_of(model)
+    remove_mergers(model)
+    layout = _choose("layout", layout, family.layouts, family.name)
+    density = _choose("density", density, family.densities, family.name)
+    if density == "once" and layout == "sequence" and family.layouts[0] == "grid":
+        raise UsageError(f"density 'once' merges the map of {family.name} for good and needs layout='grid'")
+    check_merger(merger, layout, family.attention(model))
+    settings = Settings(merger, keep_ratio, layout, density, _classes(model))
+    _check_ratios(keep_ratio)
+    if macs is not None:
+        from .macs import solve_keep_ratio
+
+        settings = solve_keep_ratio(model, family, settings, macs, img_size)
+    _insert(model, family, settings)
+    return model
+
+
+def _insert(model: nn.Module, family: Family, settings: Settings) -> None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    family.insert(model, settings)
+    for site in sites_of(model).values():
+        site.to(device).train(model.training)
+
+
+def remove_mergers(model: nn.Module) -> nn.Module:
+    """Take every merge site out of the model, in place: timm's own modules are back, bit for bit."""
+    family_of(model).remove(model)
+    return model
+
+
+def sites_of(model: nn.Module) -> dict[str, Site]:
+    """The merge sites of a model by their path, in order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Site)}
+
+
+def merge_trace(model: nn.Module, images: Tensor) -> list[SiteTrace]:
+    """Which token went where with what weight: one SiteTrace for each site that ran, for images [B, 3, H, W].
+
+    Raises UsageError when the model has no sites.
+    """
+    sites = sites_of(model)
+    if not sites:
+        raise UsageError("this model has no merge sites; call insert_mergers first")
+    seen: list[tuple[str, Merged]] = []
+    handles = [
+        site.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, out)))
+        for name, site in sites.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [SiteTrace(name, _matrix(m), m.weight, m.size) for name, m in seen]
+
+
+def _matrix(merged: Merged) -> Tensor:
+    if merged.plan is None:
+        return torch.eye(merged.x.shape[1]).expand(merged.x.shape[0], -1, -1)
+    return merged.plan.matrix()
+
+
+def _choose(kind: str, value: str, known: tuple[str, ...], family: str) -> str:
+    if value == "auto":
+        return known[0]
+    everywhere = {"layout": ("sequence", "grid"), "density": ("block", "stage", "once")}[kind]
+    lookup(kind, value, dict.fromkeys(everywhere))
+    if value not in known:
+        raise UsageError(f"{kind} {value!r} has no meaning for {family}; it has {', '.join(known)}")
+    return value
+
+
+def _check_ratios(keep_ratio: float | Sequence[float]) -> None:
+    for ratio in keep_ratio if isinstance(keep_ratio, Sequence) else [keep_ratio]:
+        check_ratio(ratio)
+
+
+def _classes(model: nn.Module) -> int:
+    inner = getattr(model, "model", model)
+    return int(getattr(model, "num_classes", getattr(inner, "num_classes", 0)) or 0)
