@@ -1,0 +1,140 @@
+"""Softmax attention with separate q, k, v products, the scale folded into q, and plain batched products.
+
+Fused attention decomposes into a tail of masks that no delegate takes; one q/k/v product has to be unbound by copies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class SplitQKV(nn.Module):
+    """Three linear layers in place of timm's one; `forward` joins their outputs for those who hook `attn.qkv`."""
+
+    def __init__(self, qkv: nn.Linear, scale: float) -> None:
+        super().__init__()
+        with torch.no_grad():
+            weights = [w.clone() for w in qkv.weight.chunk(3)]
+            biases = [None] * 3 if qkv.bias is None else [b.clone() for b in qkv.bias.chunk(3)]
+            weights[0] *= scale
+            if biases[0] is not None:
+                biases[0] *= scale
+        self.q, self.k, self.v = (linear_of(w, b) for w, b in zip(weights, biases))
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.cat([q, k, v], -1)
+
+
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear layer that holds the given weight [out, in] and bias [out]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
+
+
+def attend(q: torch.Tensor, k_t: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """softmax(q k^T + bias) v for q [B, h, N, d], k_t [B, h, d, M], v [B, h, M, d] -> [B, h, N, d].
+
+    bias: broadcast to [B, h, N, M].
+    """
+    batch, heads, tokens, dim = q.shape
+    keys = k_t.shape[-1]
+    logits = torch.bmm(q.reshape(-1, tokens, dim), k_t.reshape(-1, dim, keys))
+    if bias is not None:
+        logits = logits.reshape(batch, heads, tokens, keys) + bias
+    weights = torch.softmax(logits, -1).reshape(-1, tokens, keys)
+    return torch.bmm(weights, v.reshape(-1, keys, v.shape[-1])).reshape(batch, heads, tokens, -1)
+
+
+def additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """A boolean attention mask as 0 / -inf; an additive one as it is."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, float("-inf"))
+
+
+class SplitAttention(nn.Module):
+    """The equal of timm's Attention in eval mode; `q_norm`, `k_norm` and `qkv` can be hooked as on the original.
+
+    x [B, N, C], attn_mask additive or boolean, broadcast to [B, h, N, N] -> [B, N, C]. `scale` is 1: it is in q.
+    """
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = attn.num_heads, attn.head_dim, attn.attn_dim
+        plain = isinstance(attn.q_norm, nn.Identity)
+        self.scale = 1.0 if plain else attn.scale
+        self.qkv = SplitQKV(attn.qkv, attn.scale if plain else 1.0)
+        self.q_norm, self.k_norm, self.norm = attn.q_norm, attn.k_norm, attn.norm
+        self.gate, self.proj = attn.gate, attn.proj
+
+    @classmethod
+    def of(cls, attn: Any) -> nn.Module:
+        return cls(attn)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim)
+
+    def forward(self, x: torch.Tensor, attn_mask: Any = None, is_causal: bool = False) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv.q(x), self.qkv.k(x), self.qkv.v(x)
+        self.qkv(q, k, v)
+        queries = self.q_norm(self._heads(q).permute(0, 2, 1, 3))
+        keys = self.k_norm(self._heads(k).permute(0, 2, 1, 3))
+        plain = isinstance(self.k_norm, nn.Identity)
+        keys_t = self._heads(k).permute(0, 2, 3, 1) if plain else keys.transpose(-2, -1)
+        if self.scale != 1.0:
+            queries = queries * self.scale
+        bias = causal_bias(tokens, x) if is_causal else additive(attn_mask, x)
+        out = attend(queries, keys_t, self._heads(v).permute(0, 2, 1, 3), bias)
+        out = self.norm(out.permute(0, 2, 1, 3).reshape(batch, tokens, self.attn_dim))
+        if self.gate is not None:
+            out = out * torch.sigmoid(self.gate(x))
+        return self.proj(out)
+
+
+def causal_bias(tokens: int, like: torch.Tensor) -> torch.Tensor:
+    """[N, N]: -inf above the diagonal."""
+    return like.new_full((tokens, tokens), float("-inf")).triu(1)
+
+
+class SplitWindowAttention(nn.Module):
+    """The equal of Swin's WindowAttention in eval mode, its relative position bias looked up once, here.
+
+    x [B * windows, N, C], mask [windows, N, N] or None -> [B * windows, N, C].
+    """
+
+    bias: torch.Tensor
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.num_heads, self.scale = attn.num_heads, 1.0
+        self.qkv = SplitQKV(attn.qkv, attn.scale)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.window_size, self.window_area = attn.window_size, attn.window_area
+        self.proj = attn.proj
+        with torch.no_grad():
+            self.register_buffer("bias", attn._get_rel_pos_bias().clone())
+
+    @classmethod
+    def of(cls, attn: Any) -> nn.Module:
+        return cls(attn)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        windows, tokens, dim = x.shape
+        joint = x.reshape(windows, tokens, -1)
+        q, k, v = (layer(joint).reshape(windows, tokens, self.num_heads, -1) for layer in self.layers())
+        bias = self.bias
+        if mask is not None:
+            bias = (bias + mask.unsqueeze(1)).repeat(windows // mask.shape[0], 1, 1, 1)
+        out = attend(q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3), bias)
+        return self.proj(out.permute(0, 2, 1, 3).reshape(windows, tokens, -1))
+
+    def layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The q, k and v layers."""
+        return self.qkv.q, self.qkv.k, self.qkv.v

@@ -1,0 +1,46 @@
+"""LayerNorm whose means are products with a constant row.
+
+XNNPACK takes no mean over the last axis, but it takes a linear layer: mean(x) = x @ (1/D, ..., 1/D).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class LinearNorm(nn.Module):
+    """(x - mean) * rsqrt(variance + eps) * weight + bias over the last axis of x [..., D]."""
+
+    row: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(self, dim: int, eps: float, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        like = weight if weight is not None else torch.empty(0)
+        self.register_buffer("row", torch.full((1, dim), 1.0 / dim, dtype=like.dtype, device=like.device))
+        self.register_buffer("weight", None if weight is None else weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @classmethod
+    def of(cls, norm: Any) -> nn.Module:
+        """The equal of an nn.LayerNorm over one axis; others are returned as they are."""
+        if len(norm.normalized_shape) != 1:
+            return norm
+        return cls(norm.normalized_shape[0], norm.eps, norm.weight, norm.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - F.linear(x, self.row)
+        variance = F.linear(centred * centred, self.row)
+        normed = centred * torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            normed = normed * self.weight
+        return normed if self.bias is None else normed + self.bias
