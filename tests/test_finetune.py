@@ -193,14 +193,14 @@ def run_child(folder: Path, die_at: int) -> subprocess.CompletedProcess[str]:
 
 
 def test_kill_9_in_an_epoch_and_resume_gives_the_same_weights(tmp_path: Path) -> None:
-    """Killed at step 2 of epoch 0 and again at step 3 of epoch 1; 4 steps an epoch."""
+    """4 steps an epoch; killed after step 2 of epoch 0 and, resumed, after step 3 of epoch 1."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run_child(whole, 0)
     assert done.returncode == 0, done.stderr
     for die_at in (2, 5):
         assert run_child(broken, die_at).returncode == -signal.SIGKILL
     last = run_child(broken, 0)
-    assert "resumed at 6" in last.stdout, last.stdout + last.stderr
+    assert "resumed at 7" in last.stdout, last.stdout + last.stderr
     a, b = (torch.load(f / "final.pt", weights_only=True) for f in (whole, broken))
     assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
     assert not [p for p in broken.iterdir() if p.name.startswith(".checkpoint")]
