@@ -101,7 +101,8 @@ def sequence_plan(route: Route, mass: Tensor, preserve_norm: bool = False) -> De
 class GridPlan:
     """Rows, then columns, of an H x W grid; None where an axis keeps all its tokens.
 
-    rows: lines [B * H * cuts, L]; columns: lines [B * W' * cuts, L]; cuts: tiles per column and per row. Tokens are in row-major order before and after.
+    rows: lines [B * H * cuts, L]; columns: lines [B * W' * cuts, L]; cuts: tiles per column and per row.
+    Tokens are in row-major order before and after.
     """
 
     grid: tuple[int, int]

@@ -115,8 +115,9 @@ def kept_grid(height: int, width: int, keep_ratio: float, longest: int = 16) -> 
 
 
 def _misfit(kept: tuple[int, int], full: tuple[int, int], ratio: float) -> float:
+    """Distance from the ratio, tokens too many counting twice, plus a share of how unlike the sides are cut."""
     h, w = kept[0] / full[0], kept[1] / full[1]
-    return abs(h * w - ratio) + 0.1 * abs(h - w)
+    return max(ratio - h * w, 2 * (h * w - ratio)) + 0.2 * abs(h - w)
 
 
 def tiles(side: int, longest: int = 16) -> int:

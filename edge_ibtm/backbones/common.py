@@ -86,7 +86,7 @@ class MergedBlocks(nn.Module):
         return [block for name, block in self.named_children() if name != "sites"]
 
     def site(self, index: int) -> Site | None:
-        return self.sites[str(index)] if str(index) in self.sites else None  # type: ignore[return-value]
+        return dict(self.sites.items()).get(str(index))  # type: ignore[return-value]
 
     def restored(self) -> nn.Sequential:
         """The nn.Sequential that was replaced."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def site_blocks(depth: int, density: str) -> list[int]:
 def spread(keep_ratio: float, sites: int) -> list[float]:
     """Ratios of successive sites that each remove the same number of tokens and leave `keep_ratio` of them in the end."""
     left = [1 - (1 - keep_ratio) * i / sites for i in range(sites + 1)]
-    return [after / before for before, after in zip(left, left[1:])]
+    return [after / before for before, after in pairwise(left)]
 
 
 def insert(model: nn.Module, settings: Settings) -> None:

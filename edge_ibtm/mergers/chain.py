@@ -51,7 +51,7 @@ class Chain(Merger):
     def route(self, tokens: Tokens, keep: int) -> Route:
         length = tokens.size.shape[1]
         half = keep + (length - keep) // 2
-        if half == length or half == keep:
+        if half in (length, keep):
             return self.first.route(tokens, keep)
         first = self.first.route(tokens, half)
         return compose(first, self.second.route(merged_lines(tokens, first), keep))
