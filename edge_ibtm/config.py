@@ -83,6 +83,13 @@ class TrainSection(Section):
     mixup: Weight = 0.0
     cutmix: Weight = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the weight average; 0: none")
+    min_lr: Weight = 1e-6
+    layer_decay: Ratio | None = Field(None, description="layer-wise learning rate decay")
+    clip_grad: Weight = 1.0
+    accumulate: Positive = Field(1, description="micro-batches of one optimizer step")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    max_steps: Positive | None = Field(None, description="stop after so many optimizer steps in all")
+    checkpoint_seconds: Weight = Field(15.0, description="at most so long between checkpoints; 0: at every step")
 
 
 class BaseSection(TrainSection):
@@ -96,7 +103,12 @@ class FinetuneSection(TrainSection):
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
     distill: Weight = Field(0.0, description="weight of the distillation loss from the unmerged base")
-    lambda_ib: Weight = Field(0.1, description="weight of the information bottleneck bound (IBTM only)")
+    distill_temperature: Annotated[float, Field(gt=0)] = 1.0
+    lambda_ib: Weight = Field(0.1, description="weight of the information bottleneck bound")
+    ib_start: Annotated[float, Field(ge=0, le=1)] = Field(0.3, description="share of the epochs before lambda_ib is on")
+    ib_conditional: bool = Field(True, description="the conditional bound instead of the paper's")
+    ib_clusters: Positive | None = Field(None, description="null: as many as classes")
+    statistics_images: Positive = Field(2048, description="training images that clusters are fitted on")
 
 
 class MergeSection(Section):
@@ -111,7 +123,7 @@ class MergeSection(Section):
 class QuantizeSection(Section):
     """PT2E quantization."""
 
-    scheme: Literal["none", "int8"] = "int8"
+    scheme: Literal["none", "int8", "int8_dynamic", "mixed"] = "int8"
 
 
 def _all_str(names: Any) -> bool:

@@ -1,0 +1,280 @@
+"""The stages that make a model: check, data, base, merge, finetune, quantize.
+
+Each takes a `Context` and the folder it may write into, and returns a JSON record. Upstream results are read from disk,
+so a stage does not care whether they were just made or cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_ibtm.cache import Entry
+from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, load_into, read_state, save_state
+from edge_ibtm.config import Recipe, TrainSection
+from edge_ibtm.errors import UsageError, lookup, suggest
+from edge_ibtm.watch import Watch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edge_ibtm.data import Data
+
+WEIGHTS = "weights.safetensors"
+CONVERTED = "converted.pt2"
+
+
+@dataclass
+class Context:
+    """What the stages of one run share: the recipe, the finished entries by stage name, and who watches."""
+
+    recipe: Recipe
+    watch: Watch
+    done: dict[str, Entry] = field(default_factory=dict)
+    _data: Any = None
+
+    @property
+    def data(self) -> Data:
+        """The images, opened on first use."""
+        if self._data is None:
+            from edge_ibtm.data import load_data, view_of
+
+            model = self.recipe.model
+            self._data = load_data(self.recipe.data, view_of(model.name, model.img_size), seed=self.recipe.seed)
+        return self._data
+
+    def spec(self, stage: str) -> ModelSpec:
+        """How the model that a stage produced is built."""
+        return ModelSpec.from_json(self.done[stage].record["spec"])
+
+    def model(self, stage: str) -> nn.Module:
+        """The model that a stage produced, eval mode."""
+        return build(self.spec(stage), self.done[stage].file(WEIGHTS))
+
+    def reporter(self, stage: str) -> Callable[..., None]:
+        """A progress callback bound to a stage."""
+        return lambda done, total, note="": self.watch.progress(stage, done, total, note)
+
+
+def preflight(recipe: Recipe) -> dict[str, Any]:
+    """Fail before any work: unknown model, merger, target; weights that cannot be read. Returns target -> suffix.
+
+    Errors: UsageError.
+    """
+    import timm
+
+    from edge_ibtm.backbones import model_names
+    from edge_ibtm.mergers import MERGERS
+    from edge_ibtm.targets import TARGETS
+
+    if not timm.is_model(recipe.model.name):
+        raise UsageError(f"unknown model {recipe.model.name!r}; {suggest(recipe.model.name, model_names())}")
+    for part in recipe.merge.merger.split("+"):
+        lookup("merger", part, MERGERS)
+    for target in recipe.lower.targets:
+        lookup("target", target, TARGETS)
+    if recipe.model.weights not in (None, "pretrained"):
+        read_state(str(recipe.model.weights))
+    return {"suffixes": {name: target.suffix for name, target in TARGETS.items()}}
+
+
+def make_data(context: Context, folder: Path) -> dict[str, Any]:
+    """Open and split the data; the record says how many images each part has and how they are viewed."""
+    import json
+
+    from edge_ibtm.cache import write_text
+
+    data = context.data
+    wanted = context.recipe.model.num_classes
+    if wanted is not None and wanted != data.num_classes:
+        raise UsageError(
+            f"model.num_classes is {wanted} and the data has {data.num_classes} classes; leave it out, or give "
+            "data.class_map for labels of a larger set"
+        )
+    parts = {"train": data.train, "calibration": data.calibration, "test": data.test}
+    write_text(folder / "splits.json", json.dumps({k: v.names() for k, v in parts.items()}, indent=0))
+    return {
+        "source": context.recipe.data.source or "built-in demo set: scikit-learn digits, 8x8 grey, upscaled",
+        "classes": list(data.class_names),
+        "images": {k: len(v) for k, v in parts.items()},
+        "img_size": data.img_size,
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+
+
+def make_base(context: Context, folder: Path) -> dict[str, Any]:
+    """Load the base model, or train it on the data when there are no weights."""
+    from edge_ibtm.backbones import build_model
+
+    section, data = context.recipe.model, context.data
+    spec = ModelSpec(section.name, data.num_classes, data.img_size)
+    train = section.weights is None or section.new_head
+    history: dict[str, Any] = {}
+    if section.weights == "pretrained" and not section.new_head:
+        model = _pretrained(spec)
+    else:
+        _seed(context.recipe.seed)
+        model = build_model(spec.name, num_classes=spec.num_classes, img_size=spec.img_size)
+        if section.weights is not None:
+            state = _pretrained_state(section.name) if section.weights == "pretrained" else read_state(section.weights)
+            load_into(model, state, section.weights, new_head=section.new_head)
+    if train:
+        history = _train(context, "base", model, context.recipe.base, folder)
+    save_state(model, folder / WEIGHTS)
+    origin = "trained here on the data" if section.weights is None else f"weights: {section.weights}"
+    origin += ", new head trained on the data" if section.weights and section.new_head else ""
+    return {**_figures(context, model, spec), "origin": origin, **history}
+
+
+def make_merge(context: Context, folder: Path) -> dict[str, Any]:
+    """Put mergers into the base; no training yet."""
+    merge = context.recipe.merge
+    from edge_ibtm.surgery import insert_mergers
+
+    chosen = MergeSpec(merge.merger, merge.keep_ratio, merge.layout, merge.density)
+    spec = context.spec("base").merged(chosen)
+    _seed(context.recipe.seed)
+    model = context.model("base")
+    insert_mergers(
+        model, merger=chosen.merger, keep_ratio=chosen.keep_ratio, layout=chosen.layout, density=chosen.density
+    )
+    fill = context.recipe.finetune.model_copy(update={"epochs": 0})
+    _train(context, "merge", model, fill, folder)  # no step: only the statistics the mergers stand on
+    save_state(model, folder / WEIGHTS)
+    return _figures(context, model.eval(), spec)
+
+
+def make_finetune(context: Context, folder: Path) -> dict[str, Any]:
+    """Fine-tune the merged model; with distillation the base is the teacher."""
+    section = context.recipe.finetune
+    model = context.model("merge")
+    teacher = context.model("base") if section.distill > 0 and section.epochs else None
+    history = _train(context, "finetune", model, section, folder, teacher) if section.epochs else {"epochs": 0}
+    save_state(model, folder / WEIGHTS)
+    return {**_figures(context, model, context.spec("merge")), **history}
+
+
+def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
+    """Quantize the fine-tuned model with calibration images; the converted graph is kept as an exported program."""
+    import torch
+
+    from edge_ibtm.cache import temporary_name
+    from edge_ibtm.quantize import quantize
+
+    scheme, data = context.recipe.quantize.scheme, context.data
+    images = [data.calibration[i][0][None] for i in range(len(data.calibration))]
+    converted = quantize(context.model("finetune"), images, scheme=scheme)
+    with temporary_name(folder / CONVERTED) as name:
+        torch.export.save(torch.export.export(converted, (images[0],)), name)
+    correct, count = count_correct(_pieces(converted), data, report=context.reporter("quantize"))
+    return {"scheme": scheme, "calibration_images": len(images), "top1": 100 * correct / count, "images": count}
+
+
+def load_converted(path: Path) -> nn.Module:
+    """The converted graph that the quantize stage wrote."""
+    import executorch.exir  # noqa: F401  registers the operators of quantized graphs
+    import torch
+    import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401
+
+    return torch.export.load(path).module()
+
+
+def count_correct(
+    predict: Callable[..., Any],
+    data: Data,
+    *,
+    limit: int | None = None,
+    report: Callable[..., None] = lambda *a: None,
+) -> tuple[int, int]:
+    """(correct, all) over the held-out images; predict: images [B, 3, H, W] -> logits [B, classes]."""
+    import torch
+    from torch.utils.data import DataLoader, Subset
+
+    count = min(limit or len(data.test), len(data.test))
+    correct, seen = 0, 0
+    with torch.no_grad():
+        for images, labels in DataLoader(Subset(data.test, range(count)), batch_size=32):
+            correct += int((predict(images).argmax(-1) == labels).sum())
+            seen += len(labels)
+            report(seen, count)
+    return correct, seen
+
+
+def _pieces(model: nn.Module) -> Callable[..., Any]:
+    """A captured graph takes one image at a time."""
+    import torch
+
+    return lambda images: torch.cat([model(image[None]) for image in images])
+
+
+def _figures(context: Context, model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
+    """Top-1 on the held-out images, MACs, parameters and bytes of weights of an eager model."""
+    from edge_ibtm.macs import count_macs
+
+    correct, count = count_correct(model.eval(), context.data)
+    return {
+        "spec": spec.to_json(),
+        "top1": 100 * correct / count,
+        "images": count,
+        "macs": int(count_macs(model, spec.img_size)),
+        "params": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+    }
+
+
+def _train(
+    context: Context, stage: str, model: nn.Module, section: TrainSection, folder: Path, teacher: Any = None
+) -> dict[str, Any]:
+    """Run `finetune` with checkpoints under the stage's scratch folder, which an interrupted run finds again."""
+    from edge_ibtm.finetune import FinetuneConfig, finetune
+
+    settings = section.model_dump()
+    if teacher is None:
+        settings["distill"] = 0.0
+    config = FinetuneConfig(
+        **settings,
+        seed=context.recipe.seed,
+        workers=context.recipe.data.workers,
+        checkpoint_dir=folder / "scratch" / "checkpoints",
+    )
+    report = context.reporter(stage)
+
+    def progress(now: Any) -> None:
+        report(
+            now.epoch * now.steps + now.step,
+            now.epochs * now.steps,
+            f"epoch {now.epoch + 1}/{now.epochs}, loss {now.loss:.3f}, {now.images_per_second:.0f} images/s",
+        )
+
+    history = finetune(model, context.data.train, None, config, teacher=teacher, progress=progress)
+    return {"epochs": section.epochs, "history": asdict(history)}
+
+
+def _seed(seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def _pretrained(spec: ModelSpec) -> nn.Module:
+    from timm.models import get_pretrained_cfg
+
+    from edge_ibtm.backbones import build_model
+
+    classes = get_pretrained_cfg(spec.name).num_classes
+    if classes != spec.num_classes:
+        raise UsageError(
+            f"the pretrained {spec.name} has {classes} classes and the data has {spec.num_classes}: give data with the same "
+            "classes (data.class_map orders them), or model.new_head=true to train a new head"
+        )
+    return build_model(spec.name, num_classes=spec.num_classes, weights="pretrained", img_size=spec.img_size)
+
+
+def _pretrained_state(name: str) -> Mapping[str, Any]:
+    from timm.models import get_pretrained_cfg
+
+    cfg = get_pretrained_cfg(name)
+    return _pretrained(ModelSpec(name, cfg.num_classes, cfg.input_size[-1])).state_dict()
