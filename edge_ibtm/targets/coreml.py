@@ -26,6 +26,7 @@ from edge_ibtm.targets.coreml_package import (
     run_mlpackage,
     save_package,
 )
+from edge_ibtm.targets.coreml_precision import compute_precision
 
 if TYPE_CHECKING:
     import torch
@@ -164,12 +165,13 @@ def _convert(model: nn.Module, example: torch.Tensor, precision: Precision, opti
         else:
             source = ct.TensorType(TENSOR, shape=tuple(example.shape), dtype=np.float32)
         try:
-            exported = torch.export.export(model, (example,)).run_decompositions({})
+            exported = exported_for_coreml(model, example)
             return ct.convert(
                 exported,
                 inputs=[source],
                 outputs=[ct.TensorType(LOGITS, dtype=np.float32)],
-                compute_precision=_compute_precision(ct, precision.compute),
+                compute_precision=compute_precision(precision.compute),
+                pass_pipeline=_passes(ct),
                 minimum_deployment_target=getattr(ct.target, options.deployment),
                 skip_model_load=True,
                 convert_to="mlprogram",
@@ -179,6 +181,21 @@ def _convert(model: nn.Module, example: torch.Tensor, precision: Precision, opti
                 f"coremltools could not convert the model: {first_line(error)}; replace that operation in the model, "
                 "or lower to another target"
             ) from error
+
+
+def exported_for_coreml(model: nn.Module, example: torch.Tensor) -> Any:
+    """torch.export in core ATen, without the views of constants that coremltools has no translation for."""
+    import torch
+
+    exported = torch.export.export(model, (example,)).run_decompositions({})
+    aten = torch.ops.aten
+    same = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+    for node in list(exported.graph.nodes):
+        if node.target in same:
+            node.replace_all_uses_with(node.args[0])
+            exported.graph.erase_node(node)
+    exported.graph_module.recompile()
+    return exported
 
 
 def _check_classes(logits: Any, names: Sequence[str] | None) -> None:
@@ -198,8 +215,11 @@ def _described(options: CoreMLOptions, normalised: tuple[list[float], list[float
     return PackageText(notes, list(options.class_names) if options.class_names is not None else None)
 
 
-def _compute_precision(ct: Any, name: str) -> Any:
-    return ct.precision.FLOAT32 if name == "fp32" else ct.precision.FLOAT16
+def _passes(ct: Any) -> Any:
+    """coremltools' default passes, without one that fails on `linear` of one output followed by adding a scalar."""
+    passes = ct.PassPipeline.DEFAULT
+    passes.remove_passes({"common::fuse_linear_bias"})
+    return passes
 
 
 def _compress(mlmodel: Any, precision: str) -> Any:
