@@ -18,6 +18,7 @@ from edge_ibtm.targets.common import (
     size_of,
     write_program,
 )
+from edge_ibtm.targets.lean import lean
 
 __all__ = ["lower_xnnpack", "run_pte"]
 
@@ -26,9 +27,10 @@ def lower_xnnpack(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> A
     """Lower to a `.pte` whose delegated parts run in XNNPACK (fp32, or int8 where the graph is quantized)."""
     program = capture(model, inputs)
     try:
-        edge = _to_edge(program)
-        counts = delegation(edge.exported_program().graph_module)
-        lowered = edge.to_executorch()
+        with lean():
+            edge = _to_edge(program)
+            counts = delegation(edge.exported_program().graph_module)
+            lowered = edge.to_executorch()
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise EdgeIBTMError(f"lowering to xnnpack failed: {first_line(error)}") from error
     write_program(lowered, path)
