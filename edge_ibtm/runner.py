@@ -32,12 +32,12 @@ ABI = {"arm64-v8a": "aarch64", "aarch64": "aarch64", "x86_64": "x86_64", "amd64"
 COMPONENTS = ("", "_backend_xnnpack", "_etdump", "_kernels_optimized", "_kernels_quantized", "_threadpool")
 PROGRAM = "edge_ibtm_runner"
 _SYSROOT = Path("/usr/aarch64-linux-gnu/lib")
-_LOADER = "ld-linux-aarch64.so.1"
-_GLIBC = (_LOADER, "libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libgcc_s.so.1")
+LOADER = "ld-linux-aarch64.so.1"
+_GLIBC = (LOADER, "libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libgcc_s.so.1")
 _HERE = '#!/bin/sh\ncase "$0" in */*) d="${0%/*}" ;; *) d=. ;; esac\n'
 _START = {
     "host": f'{_HERE}exec "$d/{PROGRAM}" "$@"\n',
-    "aarch64": f'{_HERE}exec "$d/{_LOADER}" --library-path "$d" "$d/{PROGRAM}" "$@"\n',
+    "aarch64": f'{_HERE}exec "$d/{LOADER}" --library-path "$d" "$d/{PROGRAM}" "$@"\n',
 }
 
 
@@ -194,7 +194,7 @@ def _pack(program: Path, wheel: Path, folder: Path, arch: str, stamp: str) -> Pa
             shutil.copy(_SYSROOT / name, folder)
         shutil.copy((_SYSROOT / "libstdc++.so.6").resolve(), folder / "libstdc++.so.6")
     (folder / "run.sh").write_text(_START[arch])
-    for name in ("run.sh", PROGRAM, _LOADER):
+    for name in ("run.sh", PROGRAM, LOADER):
         if (folder / name).exists():
             (folder / name).chmod(0o755)
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}

@@ -134,20 +134,23 @@ def _execute(request: dict[str, Any]) -> tuple[list[_Model], list[Any]]:
     return models, inputs
 
 
-def _measure(request: dict[str, Any]) -> dict[str, Any]:
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Run, time when asked to, and trace last: tracing must not touch the samples or the peak memory."""
     runtime = _start(request)
     models, inputs = _execute(request)
-    if not request["measure"]:
-        return {"results": []}
-    options = ProbeOptions(**request["options"])
+    answer = _measure(models, ProbeOptions(**request["options"])) if request["measure"] else {}
+    answer["threads"] = runtime._threadpool_get_thread_count()
+    if request["trace_runs"]:
+        _trace(request, inputs)
+    return answer
+
+
+def _measure(models: list[_Model], options: ProbeOptions) -> dict[str, Any]:
     warm = [warm_up(model.run, options) for model in models]
     before = {"load": facts.load_average(), "mhz": facts.cpu_mhz(), "thermal": facts.thermal_c()}
     samples = sample_rounds([model.run for model in models], options)
     after = {"load": facts.load_average(), "mhz": facts.cpu_mhz(), "thermal": facts.thermal_c()}
-    if options.profile:
-        _trace(request, inputs)
     return {
-        "threads": runtime._threadpool_get_thread_count(),
         "peak_rss_mb": facts.peak_rss_mb(),
         "before": before,
         "after": after,
@@ -205,7 +208,7 @@ def main(request_path: str) -> None:
     """Carry out one request and write its answer."""
     request = json.loads(Path(request_path).read_text())
     try:
-        answer = _measure(request)
+        answer = _answer(request)
     except EdgeIBTMError as error:
         answer = {"error": str(error), "usage": isinstance(error, UsageError)}
     Path(request["answer"]).write_text(json.dumps(answer))

@@ -51,10 +51,14 @@ def check_pte(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Execution:
-    """What one program was given and what it answered, both lists of tensors."""
+    """What one program was given and what it answered, both lists of tensors.
+
+    quantized: whether an 8-bit XNNPACK kernel ran; None when the run was not traced.
+    """
 
     inputs: list[Any]
     outputs: list[Any]
+    quantized: bool | None = None
 
 
 def probe_files(
@@ -70,26 +74,31 @@ def probe_files(
     backend or operator, native abort, timeout).
     """
     files = [Path(path).resolve() for path in paths]
-    answer, executions, profiles = _ask_child(files, inputs, threads, options, measure=True)
+    traced = TRACE_RUNS if options.profile else 0
+    answer, executions, profiles = _ask_child(files, inputs, threads, options, traced)
     return _assemble(files, answer, profiles), executions
 
 
-def run_files(paths: Sequence[str | Path], inputs: Sequence[Sequence[Any]] | None = None) -> list[Execution]:
+def run_files(
+    paths: Sequence[str | Path], inputs: Sequence[Sequence[Any]] | None = None, trace: bool = False
+) -> list[Execution]:
     """Run each `.pte` file once in a child process, untimed, on one thread. Inputs and errors as
     `probe_files`.
+
+    trace: also find out whether 8-bit kernels ran.
     """
     files = [Path(path).resolve() for path in paths]
-    return _ask_child(files, inputs, 1, ProbeOptions(), measure=False)[1]
+    return _ask_child(files, inputs, 1, None, int(trace))[1]
 
 
 def _ask_child(
     files: list[Path],
     inputs: Sequence[Sequence[Any]] | None,
     threads: int | None,
-    options: ProbeOptions,
-    measure: bool,
+    options: ProbeOptions | None,
+    traced: int,
 ) -> tuple[dict[str, Any], list[Execution], Sequence[Profile | None]]:
-    """The child's answer, each file's inputs and outputs, and its profile where one was asked for."""
+    """The child's answer, each file's inputs and outputs, and its profile. options None: run once, untimed."""
     for file in files:
         check_pte(file)
     if threads is not None and threads < 1:
@@ -97,39 +106,48 @@ def _ask_child(
     import torch
 
     with tempfile.TemporaryDirectory(prefix="edge-ibtm-probe-") as folder:
-        request = _request(Path(folder), files, threads, options) | {"measure": measure}
+        request = _request(Path(folder), files, threads, options, traced)
         given = [[]] * len(files) if inputs is None else [[x.contiguous() for x in one] for one in inputs]
         torch.save(given, request["inputs"])
-        answer = _run_child(Path(folder), request, files, options)
+        answer = _run_child(Path(folder), request, files)
         saved = torch.load(request["outputs"], weights_only=True)
-        traced = measure and options.profile
-        profiles = _profiles(request["etdump"]) if traced else [None] * len(files)
-    pairs = zip(saved["inputs"], saved["outputs"], strict=True)
-    return answer, [Execution(i, o) for i, o in pairs], profiles
+        kernels = [_has_8bit_kernels(path) if traced else None for path in request["etdump"]]
+        profiles = _profiles(request["etdump"]) if traced and options else [None] * len(files)
+    rows = zip(saved["inputs"], saved["outputs"], kernels, strict=True)
+    return answer, [Execution(*row) for row in rows], profiles
 
 
-def _request(folder: Path, files: list[Path], threads: int | None, options: ProbeOptions) -> dict[str, Any]:
+def _request(
+    folder: Path, files: list[Path], threads: int | None, options: ProbeOptions | None, traced: int
+) -> dict[str, Any]:
     return {
         "paths": [str(file) for file in files],
         "threads": threads or facts.usable_cores(),
-        "options": asdict(options),
+        "measure": options is not None,
+        "options": asdict(options or ProbeOptions()),
         "inputs": str(folder / "inputs.pt"),
         "outputs": str(folder / "outputs.pt"),
         "answer": str(folder / "answer.json"),
         "etdump": [str(folder / f"{i}.etdp") for i in range(len(files))],
-        "trace_runs": TRACE_RUNS,
+        "trace_runs": traced,
     }
 
 
-def _run_child(folder: Path, request: dict[str, Any], files: list[Path], options: ProbeOptions) -> dict[str, Any]:
+def _has_8bit_kernels(etdump: str) -> bool:
+    """XNNPACK names its kernels by type: QS8, QU8, QC8 and QD8 are the 8-bit ones."""
+    return re.search(rb"\bQ[SUCD]8", Path(etdump).read_bytes()) is not None
+
+
+def _run_child(folder: Path, request: dict[str, Any], files: list[Path]) -> dict[str, Any]:
     """Start the child, wait, and turn whatever happened into an answer or an error."""
     (folder / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", "edge_ibtm.probe.child", str(folder / "request.json")]
     names = ", ".join(file.name for file in files)
+    timeout = request["options"]["timeout"]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=options.timeout, env=_child_environment())
+        done = subprocess.run(command, capture_output=True, timeout=timeout, env=_child_environment())
     except subprocess.TimeoutExpired:
-        raise EdgeIBTMError(f"probing {names} took over {options.timeout:.0f} s; take fewer samples") from None
+        raise EdgeIBTMError(f"probing {names} took over {timeout:.0f} s; take fewer samples") from None
     said = (done.stderr + b"\n" + done.stdout).decode(errors="replace")
     answer_file = Path(request["answer"])
     if not answer_file.exists():

@@ -38,7 +38,7 @@ class Device(_Record):
     arch: str = ""
     cores: int | None = None
     serial: str | None = None
-    runtime: str = Field("", description="runtime and version, e.g. 'executorch 1.5.1'")
+    runtime: str = Field(default="", description="runtime and version, e.g. 'executorch 1.5.1'")
     load_average_before: float | None = None
     load_average_after: float | None = None
     cpu_mhz_before: tuple[float, ...] = ()
@@ -53,7 +53,7 @@ class Parity(_Record):
 
     reference: str
     max_abs: float
-    sqnr_db: float | None = Field(None, description="null: the outputs are identical")
+    sqnr_db: float | None = Field(default=None, description="null: the outputs are identical")
     identical: bool
     ok: bool
     limit: str = ""
@@ -85,19 +85,21 @@ class _Result(_Record):
     file: str | None = None
     sha256: str | None = None
     bytes: int | None = None
-    source: str = Field("edge-ibtm", description="which tool took the figures")
+    source: str = Field(default="edge-ibtm", description="which tool took the figures")
     notes: tuple[str, ...] = ()
 
 
 class _Timed(_Result):
     emulated: Literal[False] = False
     threads: int | None = None
-    placement: str = Field("all", description="cores the run was pinned to: all, big, little or a CPU list")
-    load_ms: float | None = Field(None, description="until the model is ready to run, init included")
-    init_ms: float | None = Field(None, description="part of load_ms that prepares the method and its delegates")
-    first_ms: float | None = Field(None, description="the first run after loading")
-    peak_rss_mb: float | None = Field(None, description="peak resident memory of the process")
-    rss_growth_mb: float | None = Field(None, description="of which this model's load and first run added")
+    placement: str = Field(default="all", description="cores the run was pinned to: all, big, little or a CPU list")
+    load_ms: float | None = Field(default=None, description="until the model is ready to run, init included")
+    init_ms: float | None = Field(
+        default=None, description="part of load_ms that prepares the method and its delegates"
+    )
+    first_ms: float | None = Field(default=None, description="the first run after loading")
+    peak_rss_mb: float | None = Field(default=None, description="peak resident memory of the process")
+    rss_growth_mb: float | None = Field(default=None, description="of which this model's load and first run added")
     parity: Parity | None = None
     profile: Profile | None = None
 
@@ -112,10 +114,12 @@ class Latency(_Timed):
     min_ms: float
     mean_ms: float
     median_interval_ms: tuple[float, float] = Field(description="confidence interval of the median")
-    confidence: float = Field(0.95, description="of median_interval_ms; what the samples really reach, at most 0.95")
-    samples_ms: tuple[float, ...] = Field((), description="every warm run in the order it was taken")
+    confidence: float = Field(
+        default=0.95, description="of median_interval_ms; what the samples really reach, at most 0.95"
+    )
+    samples_ms: tuple[float, ...] = Field(default=(), description="every warm run in the order it was taken")
     warmup_runs: int = 0
-    stable: bool | None = Field(None, description="the warm-up ended because successive medians agreed")
+    stable: bool | None = Field(default=None, description="the warm-up ended because successive medians agreed")
 
 
 class Average(_Timed):
