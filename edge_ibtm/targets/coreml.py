@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup
 from edge_ibtm.targets.common import check_example, first_line
+from edge_ibtm.targets.coreml_compress import compress
 from edge_ibtm.targets.coreml_package import (
     IMAGE,
     LOGITS,
@@ -25,6 +26,7 @@ from edge_ibtm.targets.coreml_package import (
     quiet_coremltools,
     run_mlpackage,
     save_package,
+    to_bytes,
 )
 from edge_ibtm.targets.coreml_precision import compute_precision
 
@@ -94,7 +96,7 @@ def lower_coreml(
     precision = _check(options, example, path)
     normalised = _normalisation(model, options)
     mlmodel = _convert(_with_normalisation(model, normalised), example, precision, options, normalised is not None)
-    mlmodel = _compress(mlmodel, precision.name)
+    mlmodel = compress(mlmodel, precision.name, _calibration(options, normalised))
     save_package(mlmodel, path, _described(options, normalised))
     return artifact_of(path)
 
@@ -128,6 +130,14 @@ def _normalisation(model: nn.Module, options: CoreMLOptions) -> tuple[list[float
     if mean is None or std is None:
         return None
     return [float(v) for v in mean], [float(v) for v in std]
+
+
+def _calibration(options: CoreMLOptions, normalised: tuple[list[float], list[float]] | None) -> Any:
+    """Calibration images as the program's input receives them: bytes when the normalisation is inside."""
+    images = options.calibration
+    if images is None or normalised is None or not images.is_floating_point():
+        return None if images is None else images.float()
+    return to_bytes(images, *normalised)
 
 
 def _with_normalisation(model: nn.Module, normalised: tuple[list[float], list[float]] | None) -> nn.Module:
@@ -220,19 +230,3 @@ def _passes(ct: Any) -> Any:
     passes = ct.PassPipeline.DEFAULT
     passes.remove_passes({"common::fuse_linear_bias"})
     return passes
-
-
-def _compress(mlmodel: Any, precision: str) -> Any:
-    """Weights as int8 or palettes; other precisions pass through."""
-    compressors: dict[str, Callable[[Any], Any]] = {
-        "int8w": lambda cto: cto.OpLinearQuantizerConfig(mode="linear_symmetric"),
-        "pal4": lambda cto: cto.OpPalettizerConfig(mode="kmeans", nbits=4),
-        "pal6": lambda cto: cto.OpPalettizerConfig(mode="kmeans", nbits=6),
-    }
-    if precision not in compressors:
-        return mlmodel
-    with quiet_coremltools() as ct:
-        cto = ct.optimize.coreml
-        config = cto.OptimizationConfig(global_config=compressors[precision](cto))
-        compress = cto.linear_quantize_weights if precision == "int8w" else cto.palettize_weights
-        return compress(mlmodel, config)

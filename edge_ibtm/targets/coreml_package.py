@@ -311,17 +311,23 @@ def image_tensor(spec: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes_again(spec: Any, images: torch.Tensor) -> torch.Tensor:
-    import torch
-
     notes = spec.description.metadata.userDefined
     try:
-        mean, std = (torch.tensor([float(v) for v in notes[NOTE + k].split(",")]) for k in ("mean", "std"))
+        mean, std = ([float(v) for v in notes[NOTE + name].split(",")] for name in ("mean", "std"))
     except (KeyError, ValueError) as error:
         raise UsageError(
             "the package takes an image and its metadata does not say how it was normalised (edge_ibtm.mean and "
             "edge_ibtm.std): give uint8 images"
         ) from error
-    return (images.float() * std.view(1, 3, 1, 1) + mean.view(1, 3, 1, 1)) * 255
+    return to_bytes(images, mean, std)
+
+
+def to_bytes(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """Normalised images [n, 3, H, W] as numbers 0..255; not rounded, so that any float input can be traced through."""
+    import torch
+
+    scale, shift = (torch.tensor(values).view(1, 3, 1, 1) for values in (std, mean))
+    return (images.float() * scale + shift) * 255
 
 
 def run_mlpackage(path: str | Path, inputs: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ accumulate in half and fuse operations, so this proves the conversion and its nu
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ OPERATIONS: dict[str, Operation] = {
     **mil_ops_shape.OPERATIONS,
     **mil_ops_index.OPERATIONS,
 }
+Watch = Callable[[str, Any], None]
 KNOWN = COMPRESSED | set(OPERATIONS) | {"const", "classify"}
 
 
@@ -60,13 +62,20 @@ class MILProgram:
     steps: list[Step]
     labels: list[str]
 
-    def run(self, feeds: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Outputs by name: tensors; with labels also the winning label and the table label -> probability."""
+    def run(self, feeds: dict[str, torch.Tensor], watch: Watch | None = None) -> dict[str, Any]:
+        """Outputs by name: tensors; with labels also the winning label and the table label -> probability.
+
+        watch: called with the name and value of every variable.
+        """
         env: dict[str, Any] = dict(feeds)
+        watch = watch or (lambda _name, _value: None)
+        for name, value in feeds.items():
+            watch(name, value)
         with torch.no_grad():
             for step in self.steps:
                 for (name, dtype), value in zip(step.outputs, self._results(step, env)):
                     env[name] = stored(value, dtype)
+                    watch(name, env[name])
         return {name: env[name] for name in self.outputs}
 
     def _results(self, step: Step, env: dict[str, Any]) -> tuple[Any, ...]:
