@@ -1,0 +1,86 @@
+"""Experiment (a): the trained ViT-S/14, frozen; a logistic probe on its unmerged features; merging at test time only.
+
+Three probes, each on another part of the probe images; the random mergers draw anew for each. IBTM's buffers are filled
+from 500 of the probe's own training images and labels; nothing is fine-tuned.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy_cells import Cell, fit_probe, ib_record, insert, mcnemar, pack, pooled, write
+from accuracy_data import Upsampled, focus_vit, load_set
+from torch import Tensor
+
+from edge_ibtm.macs import count_macs
+from edge_ibtm.statistics_sites import refresh_mask_buffers
+
+SIDE, TOKENS = 112, 65
+LEFT = (46, 29, 13, 6)
+METHODS = (
+    "ibtm", "tome", "tofu", "ltmp", "evit", "ats", "uniform", "random", "drop",
+    "ibtm-hard_only", "ibtm-no_lambda", "ibtm-paper_bound", "ibtm-no_step",
+)  # fmt: skip
+SEEDS, PROBE_IMAGES, SUBSET = 3, 2000, 1500
+CACHE = Path(__file__).parent.parent / "runs" / "accuracy"
+
+
+def cells() -> list[Cell]:
+    """Every cell; the data sets' unmerged cells come first."""
+    made = [Cell("a", data, "vit_s14_focus", SIDE, "identity", density="block") for data in ("fashion", "cifar10")]
+    for left in LEFT:
+        ratio = round((left - 1) / (TOKENS - 1), 4)
+        for data in ("fashion", "cifar10"):
+            for method in METHODS:
+                made.append(Cell("a", data, "vit_s14_focus", SIDE, method, ratio, density="block"))
+    return made
+
+
+def _cached(name: str, compute: Any) -> Tensor:
+    path = CACHE / f"{name}.pt"
+    if not path.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        torch.save(compute(), path)
+    return torch.load(path, weights_only=True)
+
+
+def _probes(data: str) -> list[Any]:
+    train = load_set(data, SIDE, train=True).first(PROBE_IMAGES)
+    features = _cached(f"a-{data}-train", lambda: pooled(focus_vit(SIDE, 10), train))
+    probes = []
+    for seed in range(SEEDS):
+        part = torch.randperm(PROBE_IMAGES, generator=torch.Generator().manual_seed(seed))[:SUBSET]
+        probes.append(fit_probe(features[part], train.labels[part]))
+    return probes
+
+
+def _features(cell: Cell, test: Upsampled) -> tuple[Tensor, int]:
+    """Features [n, D] of the test images under the cell's method, and the model's MACs."""
+    model = insert(focus_vit(SIDE, 10), cell)
+    train = load_set(cell.data, SIDE, train=True).first(500)
+    batches = ((train.view(i), y) for i, y in zip(train.images.split(50), train.labels.split(50)))
+    refresh_mask_buffers(model, batches)
+    return pooled(model, test), count_macs(model, SIDE)
+
+
+def run(cell: Cell, test_images: int, deadline: float) -> None:
+    """Compute and keep one cell; quick enough that the deadline is only looked at between cells."""
+    began = time.monotonic()
+    test = load_set(cell.data, SIDE, train=False).first(test_images)
+    base = _cached(f"a-{cell.data}-test{test_images}", lambda: pooled(focus_vit(SIDE, 10), test))
+    random = cell.method in ("random", "drop")
+    runs, features, macs = [], base, count_macs(focus_vit(SIDE, 10), SIDE)
+    for seed, probe in enumerate(_probes(cell.data)):
+        if cell.method != "identity" and (seed == 0 or random):
+            features, macs = _features(Cell(**{**cell.__dict__, "seed": seed}), test)
+        correct, before = (probe(f) == test.labels for f in (features, base))
+        lost, gained, p = mcnemar(before, correct)
+        top1 = 100 * float(correct.double().mean())
+        runs.append({"seed": seed, "top1": top1, "lost": lost, "gained": gained, "p": p, "correct": pack(correct)})
+    left = 1 + round(cell.keep_ratio * (TOKENS - 1))
+    result = {"tokens": TOKENS, "left": left, "macs": macs, "test_images": test_images, "runs": runs,
+              "ib": ib_record(features, test)}  # fmt: skip
+    write(cell, result, time.monotonic() - began)

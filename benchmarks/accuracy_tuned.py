@@ -1,0 +1,155 @@
+"""Experiment (b): MobileViT-XXS and EfficientViT-B0 at 128 px on CIFAR-10, merged and fine-tuned, every method alike.
+
+The base model is trained once (`accuracy.py base`). A cell inserts a method into it, fine-tunes on a number of training
+images (0: off the shelf), and is evaluated on test images. A cell interrupted by the time budget continues from its
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy_cells import TRAINING, VARIANTS, Cell, insert, pack, rounded, write
+from accuracy_data import asset, load_set
+from torch import nn
+
+import edge_ibtm
+from edge_ibtm.finetune import FinetuneConfig, Progress
+from edge_ibtm.finetune_data import Augmentation
+from edge_ibtm.finetune_eval import predictions
+from edge_ibtm.ib import model_ib
+from edge_ibtm.macs import count_macs
+
+SIDE, CLASSES = 128, 10
+RUNS = Path(__file__).parent.parent / "runs"
+MODELS = ("mobilevit_xxs", "efficientvit_b0")
+METHODS = (
+    "identity", "ibtm", "tome", "tofu", "ltmp", "tome_ltmp", "tofu_ltmp", "uniform", "random", "drop",
+    "lower_resolution",
+)  # fmt: skip
+ABLATIONS = (*(v for v in VARIANTS if v != "ibtm"), *TRAINING)
+
+
+class TimeUp(Exception):
+    """The time budget is used up; a checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which cells of experiment (b) are wanted."""
+
+    models: tuple[str, ...] = MODELS
+    ratios: tuple[float, ...] = (0.7, 0.5, 0.9, 0.6, 0.8)
+    images: tuple[int, ...] = (0, 5000)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    ablations: bool = True
+
+
+def cells(grid: Grid = Grid()) -> list[Cell]:
+    """Cells in order of worth: unmerged first, then every method at one ratio and seed after the other."""
+    made = []
+    for seed in grid.seeds:
+        for ratio in grid.ratios:
+            for images in grid.images:
+                for model in grid.models:
+                    methods = METHODS + (ABLATIONS if grid.ablations and ratio == 0.5 and images else ())
+                    for method in methods:
+                        r = 1.0 if method == "identity" else ratio
+                        deterministic = images == 0 and method not in ("random", "drop")
+                        s = 0 if deterministic else seed
+                        made.append(Cell("b", "cifar10", model, SIDE, method, r, images, s))
+    return list(dict.fromkeys(made))
+
+
+def base_path(model: str) -> Path:
+    """Weights of the base model: those trained by `accuracy.py base`, else the ones that came with the machine."""
+    trained = RUNS / "base" / f"{model}_cifar10_{SIDE}.safetensors"
+    return trained if trained.is_file() else asset(trained.name)
+
+
+def base_model(model: str) -> nn.Module:
+    """The base model with its weights."""
+    return edge_ibtm.build_model(model, num_classes=CLASSES, weights=str(base_path(model)))
+
+
+def _until(deadline: float) -> Any:
+    def stop(now: Progress) -> None:
+        if now.step % 20 == 0:
+            print(f"  {now.step}/{now.steps} loss {now.loss:.3f} eta {now.eta_seconds:.0f} s", flush=True)
+        if time.monotonic() > deadline:
+            raise TimeUp
+
+    return stop
+
+
+def train_base(model: str, images: int, epochs: int, deadline: float) -> Path:
+    """Train a base model on, or from scratch where there is none, and keep it under runs/base."""
+    from safetensors.torch import save_file
+
+    try:
+        start: Path | None = base_path(model)
+    except edge_ibtm.errors.UsageError:
+        start = None
+    net = edge_ibtm.build_model(model, num_classes=CLASSES, weights=str(start) if start else None)
+    folder = RUNS / "base" / f"{model}-{'on' if start else 'scratch'}-{images}x{epochs}"
+    config = FinetuneConfig(
+        epochs=epochs, lr=1e-3 if start else 3e-3, warmup_epochs=0.1, batch_size=64, ema=0.998, device="cpu",
+        augment=Augmentation(flip=True, crop=8), checkpoint_dir=folder,
+    )  # fmt: skip
+    train, test = load_set("cifar10", SIDE, train=True), load_set("cifar10", SIDE, train=False).first(2000)
+    history = edge_ibtm.finetune(net, train.first(images), test, config, progress=_until(deadline))
+    path = RUNS / "base" / f"{model}_cifar10_{SIDE}.safetensors"
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, path)
+    shutil.rmtree(folder)
+    print(f"{model}: {history.top1:.2f} % top-1 on 2000 test images after {images} x {epochs}")
+    return path
+
+
+def side_at_macs(model: str, target: int) -> int:
+    """Largest side in pixels, a multiple of 4, at which the unmerged model has at most `target` MACs."""
+    net = base_model(model)
+    return max(s for s in range(64, SIDE + 1, 4) if count_macs(net, s) <= target)
+
+
+def prepared(cell: Cell) -> tuple[nn.Module, int, int]:
+    """The model with its method, the side of its images, and its MACs."""
+    torch.manual_seed(cell.seed)
+    model, side = base_model(cell.model), SIDE
+    if cell.method == "lower_resolution":
+        merged = insert(base_model(cell.model), Cell(**{**cell.__dict__, "method": "tome"}))
+        side = side_at_macs(cell.model, count_macs(merged, SIDE))
+    insert(model, cell)
+    return model, side, count_macs(model, side)
+
+
+def run(cell: Cell, test_images: int, deadline: float) -> None:
+    """Compute and keep one cell. Raises TimeUp when the deadline comes first."""
+    began = time.monotonic()
+    model, side, macs = prepared(cell)
+    folder = RUNS / "accuracy" / cell.name
+    options: dict[str, Any] = {"lambda_ib": 0.1 if cell.method.startswith("ibtm") else 0.0}
+    options.update(TRAINING.get(cell.method, {}))
+    config = FinetuneConfig(
+        epochs=1 if cell.images else 0, lr=3e-4, batch_size=50, seed=cell.seed, warmup_epochs=0.05, device="cpu",
+        augment=Augmentation(flip=True, crop=8), checkpoint_dir=folder, statistics_images=500, **options,
+    )  # fmt: skip
+    part = max(cell.images, 500)
+    train = load_set(cell.data, side, train=True).first(part, skip=(cell.seed * part) % (50_000 - part + 1))
+    teacher = base_model(cell.model) if options.get("distill") else None
+    history = edge_ibtm.finetune(model, train, None, config, teacher=teacher, progress=_until(deadline))
+    test = load_set(cell.data, side, train=False).first(test_images)
+    predicted, labels = predictions(model, test)
+    correct = predicted == labels
+    measures = [rounded(m) for m in model_ib(model, test, images=min(1000, test_images))]
+    loss = history.epochs[-1].losses if history.epochs else {}
+    top1 = 100 * float(correct.double().mean())
+    result = {"macs": macs, "test_images": test_images, "at_side": side, "train_loss": loss, "ib": measures[-1],
+              "ib_sites": measures[:-1], "runs": [{"seed": cell.seed, "top1": top1, "correct": pack(correct)}],
+              "base": base_path(cell.model).name}  # fmt: skip
+    write(cell, result, time.monotonic() - began)
+    shutil.rmtree(folder, ignore_errors=True)
