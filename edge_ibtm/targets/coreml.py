@@ -181,7 +181,7 @@ def _convert(model: nn.Module, example: torch.Tensor, precision: Precision, opti
                 inputs=[source],
                 outputs=[ct.TensorType(LOGITS, dtype=np.float32)],
                 compute_precision=compute_precision(precision.compute),
-                pass_pipeline=_passes(ct),
+                pass_pipeline=conversion_passes(ct),
                 minimum_deployment_target=getattr(ct.target, options.deployment),
                 skip_model_load=True,
                 convert_to="mlprogram",
@@ -225,7 +225,7 @@ def _described(options: CoreMLOptions, normalised: tuple[list[float], list[float
     return PackageText(notes, list(options.class_names) if options.class_names is not None else None)
 
 
-def _passes(ct: Any) -> Any:
+def conversion_passes(ct: Any) -> Any:
     """coremltools' default passes, without one that fails on `linear` of one output followed by adding a scalar."""
     passes = ct.PassPipeline.DEFAULT
     passes.remove_passes({"common::fuse_linear_bias"})
