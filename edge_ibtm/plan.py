@@ -42,7 +42,7 @@ class DensePlan:
 
     def total(self, size: Tensor) -> Tensor:
         """Sums over merged tokens of size [R, L]: [R, P]."""
-        return (self.share @ size.unsqueeze(-1)).squeeze(-1)
+        return (self.share @ column(size)).reshape(size.shape[0], -1)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class IndexPlan:
     preserve_norm: bool = False
 
     def pool(self, x: Tensor) -> Tensor:
-        mass = self.mass.unsqueeze(-1).to(x.dtype)
+        mass = column(self.mass).to(x.dtype)
         mean = self._sum(x * mass) / self._sum(mass)
         return _with_norm(mean, x, self.matrix()) if self.preserve_norm else mean
 
@@ -66,7 +66,7 @@ class IndexPlan:
         return self.route.matrix()
 
     def total(self, size: Tensor) -> Tensor:
-        return self._sum(size.unsqueeze(-1)).squeeze(-1)
+        return self._sum(column(size)).reshape(size.shape[0], -1)
 
     def _sum(self, x: Tensor) -> Tensor:
         zeros = x.new_zeros(x.shape[0], self.route.keep + 1, x.shape[-1])
@@ -76,8 +76,13 @@ class IndexPlan:
         return self.route.slot.long().transpose(1, 2).expand(-1, -1, dim)
 
 
+def column(x: Tensor) -> Tensor:
+    """[B, N] -> [B, N, 1] as a view that every delegate takes."""
+    return x.reshape(*x.shape, 1)
+
+
 def _with_norm(mean: Tensor, x: Tensor, share: Tensor) -> Tensor:
-    ones = constant("ones", x.shape[-1], like=x)[0].to(x.dtype)
+    ones = constant("ones", x.shape[-1], like=x)
     norms = torch.sqrt((x * x) @ ones)
     return unit(mean) * row_max(share * norms.transpose(1, 2))
 
@@ -85,8 +90,8 @@ def _with_norm(mean: Tensor, x: Tensor, share: Tensor) -> Tensor:
 def dense_plan(route: Route, mass: Tensor, preserve_norm: bool = False) -> DensePlan:
     """The plan of a route for tokens that count `mass` [R, L] each in their averages."""
     share = route.matrix()
-    shares = share * mass.unsqueeze(1)
-    total = shares @ constant("ones", shares.shape[-1], like=shares)[0]
+    shares = share * mass.reshape(mass.shape[0], 1, -1)
+    total = shares @ constant("ones", shares.shape[-1], like=shares)
     return DensePlan(share, shares / torch.clamp(total, min=1e-12), preserve_norm)
 
 
@@ -116,7 +121,7 @@ class GridPlan:
 
     def total(self, size: Tensor) -> Tensor:
         """Sums over merged tokens of size [B, N]: [B, P]."""
-        return self._down(size.unsqueeze(-1), lambda plan, x: plan.share @ x).squeeze(-1)
+        return self._down(column(size), lambda plan, x: plan.share @ x).reshape(size.shape[0], -1)
 
     def _down(self, x: Tensor, step: Callable[[DensePlan, Tensor], Tensor]) -> Tensor:
         if self.rows is not None:

@@ -16,12 +16,13 @@ from .plan import (
     GridPlan,
     Plan,
     PrefixPlan,
+    column,
     dense_plan,
     fold_columns,
     fold_rows,
     sequence_plan,
 )
-from .tokens import check_ratio, kept_grid, kept_tokens, tiles
+from .tokens import check_ratio, constant, kept_grid, kept_tokens, tiles
 
 _FIELDS = ("z", "metric", "size", "weight", "penalty", "importance")
 
@@ -83,7 +84,7 @@ class Site(nn.Module):
     def forward(self, tokens: Tokens, grid: tuple[int, int] | None = None) -> Merged:
         """Merge tokens (z [B, N, D]); a grid layout needs the grid (H, W), N = H * W."""
         if self.kept(tokens.z.shape[1], tokens.prefix, grid) == tokens.z.shape[1]:
-            return Merged(tokens.z, tokens.size, None, grid, torch.ones_like(tokens.size), tokens.logits, tokens.logits)
+            return Merged(tokens.z, tokens.size, None, grid, ones(tokens.z), tokens.logits, tokens.logits)
         tokens = self.merger.prepare(replace(tokens, depth=self.depth))
         if self.layout == "sequence":
             return self._sequence(tokens)
@@ -125,14 +126,24 @@ def _without_prefix(tokens: Tokens) -> Tokens:
     return replace(tokens, prefix=0, **cut)
 
 
+def flat(x: Tensor) -> Tensor:
+    """[B, N, 1] -> [B, N]."""
+    return x.reshape(x.shape[:-1])
+
+
+def ones(z: Tensor) -> Tensor:
+    """Sizes [B, N] of the unmerged tokens z [B, N, D]."""
+    return constant("sizes", z.shape[0], z.shape[1], like=z)
+
+
 def _vector(x: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
-    return None if x is None else change(x.unsqueeze(-1)).squeeze(-1)
+    return None if x is None else flat(change(column(x)))
 
 
 def _lines(tokens: Tokens, fold: Callable[[Tensor], Tensor]) -> Tokens:
     """The same tokens with every field folded into lines."""
     z = fold(tokens.z)
-    size = fold(tokens.size.unsqueeze(-1)).squeeze(-1)
+    size = flat(fold(column(tokens.size)))
     return replace(
         tokens,
         z=z,
@@ -163,7 +174,7 @@ def _pooled(tokens: Tokens, plan: GridPlan, lines: Tokens, rows: DensePlan) -> T
 
 
 def _merged(tokens: Tokens, plan: Plan, grid: tuple[int, int] | None) -> Merged:
-    weight = torch.ones_like(tokens.size) if tokens.weight is None else tokens.weight
+    weight = ones(tokens.z) if tokens.weight is None else tokens.weight
     return Merged(
         x=plan.pool(tokens.z),
         size=plan.total(tokens.size),

@@ -41,7 +41,7 @@ class Route:
     def matrix(self) -> Tensor:
         """The assignment S [R, P, L]: S[p, n] = 1 when token n goes to output p."""
         positions = constant("positions", self.keep, like=self.slot)
-        hard = torch.clamp(1 - torch.abs(self.slot - positions), 0, 1)
+        hard = torch.clamp(1.0 - torch.abs(self.slot - positions), 0.0, 1.0)
         return hard if self.soft is None else hard + self.soft
 
 
@@ -49,7 +49,7 @@ def _pooled(length: int, keep: int, prefix: int) -> np.ndarray:
     """1-based slots [1, length]: the prefix stays, the rest falls into `keep - prefix` runs of as equal length as can be."""
     free = length - prefix
     runs = np.floor(np.arange(free) * (keep - prefix) / max(free, 1)) + prefix
-    return np.concatenate([np.arange(prefix), runs])[None] + 1
+    return np.concatenate([np.arange(prefix), runs])[None] + 1.0
 
 
 @cache
@@ -59,20 +59,29 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "before": lambda n: np.tril(np.ones((n, n)), -1),
         "upto": lambda n: np.triu(np.ones((n, n))),
         "ones": lambda n: np.ones((n, 1)),
+        "stays": lambda lines, n: np.ones((lines, 1, n)),
+        "sizes": lambda lines, n: np.ones((lines, n)),
         "falling": lambda n: np.arange(n, 0, -1),
         "protect_even": lambda n, k: -_PROTECTED * (np.arange(n) * 2 < k)[:, None],
         "protect_odd": lambda n, k: -_PROTECTED * (np.arange(n) * 2 + 1 < k),
         "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),
         "pooled": _pooled,
-        "head": lambda n, k: 2.0 * (np.arange(n) < k)[None],
+        "head": lambda n, k: 1.0 * (np.arange(n) < k)[None],
     }
-    return np.ascontiguousarray(makers[kind](*size)[None], dtype=np.float32)
+    return np.ascontiguousarray(makers[kind](*size), dtype=np.float32)
 
 
 def constant(kind: str, *size: int, like: Tensor) -> Tensor:
-    """A small constant [1, ...] in float32 on the device of `like`; exported as a constant, not as operators."""
+    """A small constant of the dtype and on the device of `like`; exported as a constant, not as operators."""
     value = torch.from_numpy(_constant(kind, *size))
-    return value if like.device.type in ("cpu", "meta") else value.to(like.device)
+    if like.dtype == torch.float32 and like.device.type in ("cpu", "meta"):
+        return value
+    return value.to(like.device, like.dtype)
+
+
+def float32(x: Tensor) -> Tensor:
+    """x in float32; no operator in the graph when it is already."""
+    return x if x.dtype == torch.float32 else x.float()
 
 
 def kept_tokens(tokens: int, keep_ratio: float, prefix: int = 0) -> int:
@@ -127,14 +136,14 @@ def tiles(side: int, longest: int = 16) -> int:
 
 def greater(a: Tensor, b: Tensor, tie: Tensor | float = 0.0) -> Tensor:
     """1.0 where a > b, `tie` where a == b, else 0.0; exact in float32, written without a comparison."""
-    return torch.clamp((a - b) * _HUGE + tie, 0, 1)
+    return torch.clamp((a - b) * _HUGE + tie, 0.0, 1.0)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Even and odd positions of x [R, L, D]: [R, ceil(L/2), D] and [R, floor(L/2), D], by views and slices only."""
     lines, length, dim = x.shape
     pairs = length // 2
-    paired = x[:, : 2 * pairs].reshape(lines, pairs, 2 * dim)
+    paired = (x[:, : 2 * pairs] if length % 2 else x).reshape(lines, pairs, 2 * dim)
     even, odd = paired[..., :dim], paired[..., dim:]
     return (torch.cat([even, x[:, 2 * pairs :]], 1) if length % 2 else even), odd
 
@@ -142,9 +151,10 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 def interleave(even: Tensor, odd: Tensor) -> Tensor:
     """The inverse of `halves` on the last axis: [R, 1, a] and [R, 1, b] -> [R, 1, a + b]."""
     lines, _, pairs = odd.shape
-    woven = torch.cat([even[..., :pairs].reshape(lines, pairs, 1), odd.reshape(lines, pairs, 1)], 2)
-    woven = woven.reshape(lines, 1, 2 * pairs)
-    return torch.cat([woven, even[..., pairs:]], 2) if even.shape[-1] > pairs else woven
+    longer = even.shape[-1] > pairs
+    first = even[..., :pairs] if longer else even
+    woven = torch.cat([first.reshape(lines, pairs, 1), odd.reshape(lines, pairs, 1)], 2).reshape(lines, 1, 2 * pairs)
+    return torch.cat([woven, even[..., pairs:]], 2) if longer else woven
 
 
 def row_max(x: Tensor) -> Tensor:
@@ -158,33 +168,33 @@ def row_max(x: Tensor) -> Tensor:
 def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the last axis [..., 1] and the one-hot of its first position [..., n]."""
     top = row_max(x)
-    equal = 1 - greater(top, x)
+    equal = 1.0 - greater(top, x)
     position = equal * constant("falling", x.shape[-1], like=x)
-    return top, torch.clamp(1 - (row_max(position) - position), 0, 1) * equal
+    return top, torch.clamp(1.0 - (row_max(position) - position), 0.0, 1.0) * equal
 
 
 def rank(values: Tensor) -> Tensor:
     """How many of values [R, L, 1] stand before each: larger ones, and equal ones at lower positions. -> [R, L, 1]"""
     length = values.shape[1]
     before = greater(values.reshape(-1, 1, length), values, constant("before", length, like=values))
-    return before @ constant("ones", length, like=values)[0]
+    return before @ constant("ones", length, like=values)
 
 
 def unit(x: Tensor) -> Tensor:
     """x [..., D] scaled to unit length over the last axis."""
-    norm = (x * x) @ constant("ones", x.shape[-1], like=x)[0].to(x.dtype)
+    norm = (x * x) @ constant("ones", x.shape[-1], like=x)
     return x * torch.rsqrt(norm + _EPS)
 
 
 def similarity(metric: Tensor) -> Tensor:
     """Cosine similarity [R, ceil(L/2), floor(L/2)] of the even with the odd tokens of metric [R, L, D]."""
     even, odd = halves(unit(metric))
-    return (even @ odd.transpose(1, 2)).float()
+    return float32(even @ odd.transpose(1, 2))
 
 
 def _slots(kept: Tensor) -> Tensor:
     """1-based output positions [R, 1, L] of the kept tokens, in order; meaningful only where kept is 1."""
-    return kept @ constant("upto", kept.shape[-1], like=kept)[0]
+    return kept @ constant("upto", kept.shape[-1], like=kept)
 
 
 def keep_top(scores: Tensor, keep: int, prefix: int = 0, soft: Tensor | None = None) -> Route:
@@ -195,8 +205,8 @@ def keep_top(scores: Tensor, keep: int, prefix: int = 0, soft: Tensor | None = N
     lines, length = scores.shape
     values = scores.detach().reshape(lines, length, 1)
     if prefix:
-        values = values + _PROTECTED * constant("head", length, prefix, like=values).transpose(1, 2)
-    kept = torch.clamp(keep - rank(values), 0, 1).reshape(lines, 1, length)
+        values = values + _PROTECTED * constant("head", length, prefix, like=values).reshape(length, 1)
+    kept = torch.clamp(float(keep) - rank(values), 0.0, 1.0).reshape(lines, 1, length)
     route = Route(_slots(kept) * kept, keep)
     if soft is None:
         return route
@@ -219,14 +229,13 @@ def bipartite(scores: Tensor, keep: int, *, prefix: int = 0, soft: Tensor | None
         hard = hard + constant("protect_even", evens, prefix, like=hard)
         hard = hard + constant("protect_odd", odds, prefix, like=hard)
     top, partner = first_max(hard)
-    gone = torch.clamp(remove - rank(top), 0, 1).reshape(lines, 1, evens)
-    stays = torch.ones_like(partner[:, :1])
-    slots = _slots(interleave(1 - gone, stays))
+    gone = torch.clamp(float(remove) - rank(top), 0.0, 1.0).reshape(lines, 1, evens)
+    slots = _slots(interleave(1.0 - gone, constant("stays", lines, odds, like=hard)))
     even_slot, odd_slot = halves(slots.reshape(lines, length, 1))
-    target = (partner * odd_slot.reshape(lines, 1, odds)) @ constant("ones", odds, like=scores)[0]
+    target = (partner * odd_slot.reshape(lines, 1, odds)) @ constant("ones", odds, like=scores)
     target = target.reshape(lines, 1, evens)
     moved = gone * target * (0.0 if drop else 1.0)
-    slot = interleave((1 - gone) * even_slot.reshape(lines, 1, evens) + moved, odd_slot.reshape(lines, 1, odds))
+    slot = interleave((1.0 - gone) * even_slot.reshape(lines, 1, evens) + moved, odd_slot.reshape(lines, 1, odds))
     return Route(slot, keep, None if soft is None else _soft_matrix(soft, target, keep, odds))
 
 
@@ -265,10 +274,11 @@ def merge(x: Tensor, assignment: Tensor, size: Tensor, weight: Tensor | None = N
     Returns x' [B, P, D] with x'_p = sum_n S_pn w_n s_n x_n / sum_n S_pn w_n s_n, and size' [B, P] = S size.
     """
     mass = size if weight is None else size * weight
-    shares = assignment * mass.unsqueeze(1)
-    total = shares @ constant("ones", x.shape[1], like=x)[0].to(x.dtype)
-    sizes = assignment @ size.unsqueeze(-1)
-    return (shares @ x) / torch.clamp(total, min=_EPS), sizes.squeeze(-1)
+    shares = assignment * mass.reshape(mass.shape[0], 1, -1)
+    total = shares @ constant("ones", x.shape[1], like=x)
+    batch, tokens = size.shape
+    sizes = assignment @ size.reshape(batch, tokens, 1)
+    return (shares @ x) / torch.clamp(total, min=_EPS), sizes.reshape(batch, -1)
 
 
 def unmerge(x: Tensor, assignment: Tensor) -> Tensor:

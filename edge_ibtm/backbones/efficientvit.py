@@ -14,7 +14,7 @@ from timm.models.efficientvit_mit import EfficientVit, EfficientVitBlock, Effici
 from torch import Tensor, nn
 
 from ..mergers import Tokens
-from ..site import Merged, Site
+from ..site import Merged, Site, ones
 from .common import Family, MergedBlocks, Settings, SiteMaker, no_attention, to_map, to_tokens
 
 MODELS = tuple(f"efficientvit_b{n}" for n in range(4))
@@ -65,7 +65,7 @@ class MergedEfficientVitBlocks(MergedBlocks):
 
 def _merge(site: Site, z: Tensor, grid: Any, before: Merged | None) -> Merged:
     logits = before.logits if before is not None else None
-    return site(Tokens(z, torch.ones_like(z[..., 0]), z, logits=logits), (int(grid[0]), int(grid[1])))
+    return site(Tokens(z, ones(z), z, logits=logits), (int(grid[0]), int(grid[1])))
 
 
 def _attention_blocks(stage: Any) -> list[int]:

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..mergers import Tokens
-from ..site import Merged, Site
+from ..site import Merged, Site, ones
 from .common import Family, Settings, SiteMaker, no_attention, replace_modules
 from .vit import attention_half, mlp_half, size_bias
 
@@ -87,7 +87,7 @@ class MergedMobileVitBlock(nn.Module):
 
     def _site(self, index: int, z: Tensor, grid: tuple[int, int], before: Merged | None = None) -> Merged:
         logits = before.logits if before is not None else None
-        return self.sites[index](Tokens(z, torch.ones_like(z[..., 0]), z, logits=logits), grid)
+        return self.sites[index](Tokens(z, ones(z), z, logits=logits), grid)
 
     def _global(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         """The transformer layers and the norm, on patch tokens [B, N, area * C]."""

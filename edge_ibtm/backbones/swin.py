@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..mergers import Tokens
-from ..site import Merged, Site
+from ..site import Merged, Site, ones
 from .common import Family, MergedBlocks, Settings, SiteMaker, no_attention
 
 MODELS = tuple(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base"))
@@ -56,7 +56,7 @@ class MergedSwinBlocks(MergedBlocks):
         z = windows.reshape(windows.shape[0], -1, shape[-1])
         if site is not None:
             logits = merged.logits if merged is not None else None
-            size = torch.ones_like(z[..., 0])
+            size = ones(z)
             merged = site(Tokens(z, size, z, logits=logits), tuple(windows.shape[1:3]))
         assert merged is not None
         update = merged.copy(b.drop_path2(b.mlp(b.norm2(merged.pool(z) if site is None else merged.x))))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..mergers import Tokens
-from ..site import Merged, Site
+from ..site import Merged, Site, ones
 from .common import Family, MergedBlocks, Settings, SiteMaker, replace_modules
 
 MODELS = (
@@ -117,9 +117,9 @@ class MergedViTBlocks(MergedBlocks):
             q, k, qkv = (stack.enter_context(captured(m)) for m in (attn.q_norm, attn.k_norm, attn.qkv))
             x = attention_half(block, carry.x, bias)
         seen = SeenAttention(attn, q[0], k[0], qkv[0], bias)
-        size = torch.ones_like(x[..., 0]) if carry.size is None else carry.size
+        size = ones(x) if carry.size is None else carry.size
         tokens = Tokens(
-            x, size, k[0].mean(1), prefix=self.prefix, logits=carry.logits,
+            x, size, head_mean(k[0]), prefix=self.prefix, logits=carry.logits,
             class_attention=seen.of_class, received_attention=seen.received,
         )  # fmt: skip
         merged = site(tokens, self.grid if not carry.sites else carry.sites[-1].grid)
@@ -154,6 +154,15 @@ class SeenAttention:
     def received(self) -> Tensor:
         """Mean attention that each token receives, over heads and queries: [B, N]."""
         return self._weights(self.q).mean(2).mean(1)
+
+
+def head_mean(k: Tensor) -> Tensor:
+    """Keys [B, heads, N, d] averaged over heads [B, N, d], by slices and additions, which every delegate takes."""
+    batch, heads, tokens, width = k.shape
+    total = k[:, :1]
+    for head in range(1, heads):
+        total = total + k[:, head : head + 1]
+    return (total * (1 / heads)).reshape(batch, tokens, width)
 
 
 def site_blocks(depth: int, density: str) -> list[int]:

@@ -28,9 +28,9 @@ class ATS(Merger):
         assert tokens.importance is not None
         scores = tokens.importance.detach()
         lines, length = scores.shape
-        free = scores - scores * constant("head", length, tokens.prefix, like=scores)[0] / 2
+        free = scores - scores * constant("head", length, tokens.prefix, like=scores)
         share = free / torch.clamp(free.sum(1, keepdim=True), min=1e-12)
-        below = (share.reshape(lines, 1, length) @ constant("upto", length, like=share)[0]).reshape(lines, length)
+        below = (share.reshape(lines, 1, length) @ constant("upto", length, like=share)).reshape(lines, length)
         samples = keep - tokens.prefix
-        hits = torch.floor(below * samples + 0.5) - torch.floor((below - share) * samples + 0.5)
-        return keep_top(share + torch.clamp(hits, 0, 1), keep, tokens.prefix)
+        hits = torch.floor(below * float(samples) + 0.5) - torch.floor((below - share) * float(samples) + 0.5)
+        return keep_top(share + torch.clamp(hits, 0.0, 1.0), keep, tokens.prefix)

@@ -23,4 +23,4 @@ class EViT(Merger):
     def route(self, tokens: Tokens, keep: int) -> Route:
         assert tokens.importance is not None
         slot = keep_top(tokens.importance, keep - 1, tokens.prefix).slot
-        return Route(slot + keep * torch.clamp(1 - slot, 0, 1), keep)
+        return Route(slot + float(keep) * torch.clamp(1.0 - slot, 0.0, 1.0), keep)

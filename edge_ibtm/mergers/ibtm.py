@@ -12,14 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..information import ib_gradient, ib_step_matrix
+from ..information import ib_step_matrix
 from ..tokens import Route, bipartite, constant, halves, similarity, unit
 from .base import Merger, Tokens
 from .tome import threshold_mask
-
-
-def _inverse_softplus(value: float) -> float:
-    return math.log(math.expm1(value))
 
 
 class IBStep(nn.Module):
@@ -39,7 +35,7 @@ class IBStep(nn.Module):
         super().__init__()
         clusters = clusters or max(2, min(256, classes))
         self.beta, self.conditional = beta, True
-        self.eta_raw = nn.Parameter(torch.tensor(_inverse_softplus(0.1)))
+        self.log_eta = nn.Parameter(torch.tensor(math.log(0.1)))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.register_buffer("centroids", torch.zeros(clusters, dim))
         self.register_buffer("likelihood", torch.zeros(clusters, classes))
@@ -48,19 +44,36 @@ class IBStep(nn.Module):
 
     @property
     def eta(self) -> Tensor:
-        return F.softplus(self.eta_raw)
+        return torch.exp(self.log_eta)
 
     def pooled(self, normed: Tensor, mass: Tensor) -> Tensor:
-        """x~ [B, D]: the LayerNormed tokens [B, N, D] averaged with mass w s [B, N], L2-normalised."""
-        ones = constant("ones", mass.shape[1], like=mass)[0].to(mass.dtype)
-        shares = mass / (mass @ ones)
-        return unit((shares.unsqueeze(1) @ normed).squeeze(1))
+        """x~ [B, D]: the LayerNormed tokens [B, N, D] averaged with mass w s [B, N], L2-normalised.
+
+        The sum stands for the average: normalising drops the difference.
+        """
+        batch, count, width = normed.shape
+        return unit((mass.reshape(batch, 1, count) @ normed).reshape(batch, width))
 
     def forward(self, normed: Tensor, logits: Tensor, size: Tensor) -> Tensor:
-        """g - eta <z_n, v> for LayerNormed tokens [B, N, D], logits g [B, N] and sizes [B, N] -> [B, N]."""
+        """g - eta <z_n, v> for LayerNormed tokens [B, N, D], logits g [B, N] and sizes [B, N] -> [B, N].
+
+        v is `information.ib_gradient` on the sphere, sums written as matrix products, which every delegate takes.
+        """
+        batch, count, width = normed.shape
         features = self.pooled(normed, torch.sigmoid(logits) * size)
-        v = ib_gradient(features, self.centroids, self.step, self.beta, self.conditional, on_sphere=True)
-        return logits - self.eta * (normed @ v.unsqueeze(-1)).squeeze(-1)
+        v = self._gradient(features)
+        return logits - self.eta * (normed @ v.reshape(batch, width, 1)).reshape(batch, count)
+
+    def _gradient(self, x: Tensor) -> Tensor:
+        clusters, ones = self.centroids.shape[0], constant("ones", self.centroids.shape[0], like=x)
+        squares = (self.centroids * self.centroids) @ constant("ones", x.shape[-1], like=x)
+        phi = torch.softmax(self.beta * (2 * F.linear(x, self.centroids) - squares.reshape(1, clusters)), -1)
+        psi = F.linear(phi, self.step)
+        if self.conditional:
+            psi = psi + torch.log(torch.clamp(phi, min=1e-12))
+        pull = phi * (psi - (phi * psi) @ ones)
+        v = (2 * self.beta) * (pull @ self.centroids)
+        return v - ((v * x) @ constant("ones", x.shape[-1], like=x)) * x
 
     @torch.no_grad()
     def load_statistics(self, centroids: Tensor, likelihood: Tensor, prior: Tensor) -> None:
@@ -74,7 +87,7 @@ class IBStep(nn.Module):
 class IBTM(Merger):
     """The mask module of a site: soft mask, hard mask, and the straight-through decision.
 
-    lambda >= 0 (penalty_raw) protects informative tokens: score = cosine - lambda sigmoid(g of the one to disappear).
+    lambda > 0 (log_lambda) protects informative tokens: score = cosine - lambda sigmoid(g of the one to disappear).
     theta (threshold) gives decisions a gradient in training; the count is fixed.
     """
 
@@ -85,22 +98,22 @@ class IBTM(Merger):
         self.first_logits = nn.Linear(dim, 1)
         nn.init.zeros_(self.first_logits.weight)
         nn.init.zeros_(self.first_logits.bias)
-        self.penalty_raw = nn.Parameter(torch.tensor(_inverse_softplus(0.1)))
+        self.log_lambda = nn.Parameter(torch.tensor(math.log(0.1)))
         self.threshold = nn.Parameter(torch.tensor(0.9))
 
     def prepare(self, tokens: Tokens) -> Tokens:
         normed = self.information.norm(tokens.z)
         logits = tokens.logits
         if logits is None:
-            logits = self.first_logits(normed).squeeze(-1)
+            logits = self.first_logits(normed).reshape(normed.shape[:2])
         logits = self.information(normed, logits, tokens.size)
         mask = torch.sigmoid(logits)
         weight = mask.clamp_min(1e-4) if self.soft_weights else None
-        return tokens.with_(logits=logits, weight=weight, penalty=F.softplus(self.penalty_raw) * mask)
+        return tokens.with_(logits=logits, weight=weight, penalty=torch.exp(self.log_lambda) * mask)
 
     def route(self, tokens: Tokens, keep: int) -> Route:
         scores = similarity(tokens.metric)
         if tokens.penalty is not None:
-            scores = scores - halves(tokens.penalty.unsqueeze(-1))[0]
+            scores = scores - halves(tokens.penalty.reshape(*tokens.penalty.shape, 1))[0]
         soft = threshold_mask(scores, self.threshold) if self.training else None
         return bipartite(scores, keep, prefix=tokens.prefix, soft=soft)
