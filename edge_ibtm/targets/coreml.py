@@ -7,7 +7,7 @@ Core ML itself exists on macOS only, so elsewhere `run_mlpackage` evaluates the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,12 @@ from edge_ibtm.targets.coreml_package import (
     PackageText,
     artifact_of,
     package_facts,
-    quiet_coremltools,
     run_mlpackage,
     save_package,
     to_bytes,
 )
 from edge_ibtm.targets.coreml_precision import compute_precision
+from edge_ibtm.targets.coreml_tools import quiet_coremltools
 
 if TYPE_CHECKING:
     import torch
@@ -181,7 +181,6 @@ def _convert(model: nn.Module, example: torch.Tensor, precision: Precision, opti
                 inputs=[source],
                 outputs=[ct.TensorType(LOGITS, dtype=np.float32)],
                 compute_precision=compute_precision(precision.compute),
-                pass_pipeline=conversion_passes(ct),
                 minimum_deployment_target=getattr(ct.target, options.deployment),
                 skip_model_load=True,
                 convert_to="mlprogram",
@@ -223,10 +222,3 @@ def _described(options: CoreMLOptions, normalised: tuple[list[float], list[float
     if normalised is not None:
         notes["mean"], notes["std"] = (",".join(repr(v) for v in values) for values in normalised)
     return PackageText(notes, list(options.class_names) if options.class_names is not None else None)
-
-
-def conversion_passes(ct: Any) -> Any:
-    """coremltools' default passes, without one that fails on `linear` of one output followed by adding a scalar."""
-    passes = ct.PassPipeline.DEFAULT
-    passes.remove_passes({"common::fuse_linear_bias"})
-    return passes

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import UsageError
-from edge_ibtm.targets.coreml_package import operations, quiet_coremltools
+from edge_ibtm.targets.coreml_package import operations
+from edge_ibtm.targets.coreml_tools import quiet_coremltools
 
 if TYPE_CHECKING:
     import torch
 
 QUANTIZED_INPUTS = ("conv", "linear")  # operations whose input activation becomes int8
+LEAST_RANGE = 0.01  # 127 steps of the smallest normal half-precision number are 0.0078
 
 
 def compress(mlmodel: Any, precision: str, calibration: torch.Tensor | None) -> Any:
@@ -43,7 +45,7 @@ def compress(mlmodel: Any, precision: str, calibration: torch.Tensor | None) -> 
 
 def _config(cto: Any, config: Any, mlmodel: Any) -> Any:
     """One configuration for all weights but those of merge sites."""
-    spared = {name: None for name in _spared_constants(mlmodel.get_spec())}
+    spared = dict.fromkeys(_spared_constants(mlmodel.get_spec()))
     return cto.OptimizationConfig(global_config=config, op_name_configs=spared)
 
 
@@ -77,8 +79,8 @@ def quantize_activations(mlmodel: Any, calibration: torch.Tensor) -> Any:
         cto = ct.optimize.coreml
         symmetric = cto.OpLinearQuantizerConfig(mode="linear_symmetric")
         config = cto.OptimizationConfig(
-            op_type_configs={kind: symmetric for kind in QUANTIZED_INPUTS},
-            op_name_configs={name: None for name in _spared_operations(mlmodel.get_spec())},
+            op_type_configs=dict.fromkeys(QUANTIZED_INPUTS, symmetric),
+            op_name_configs=dict.fromkeys(_spared_operations(mlmodel.get_spec(), ranges)),
         )
         passes = []
         for place in ("prefix", "suffix"):
@@ -87,17 +89,22 @@ def quantize_activations(mlmodel: Any, calibration: torch.Tensor) -> Any:
             passes.append(step)
         passes.append(PASS_REGISTRY["common::dequantize_quantize_pair_elimination"])
         version = max(mlmodel.get_spec().specificationVersion, ct.target.iOS17.value)
-        return _apply_graph_pass(
-            mlmodel, passes, spec_version=version, pymil_load_func=load, skip_model_load=True
-        )
+        return _apply_graph_pass(mlmodel, passes, spec_version=version, pymil_load_func=load, skip_model_load=True)
 
 
-def _spared_operations(spec: Any) -> set[str]:
-    spared = _spared_constants(spec)
+def _spared_operations(spec: Any, ranges: dict[str, dict[str, float]]) -> set[str]:
+    """Layers with spared weights, and those whose inputs are so near zero that a half-precision scale cannot hold them."""
+    weights = _spared_constants(spec)
+
+    def tiny(name: str) -> bool:
+        seen = ranges.get(name, {"rmin": 0.0, "rmax": 0.0})
+        return max(-seen["rmin"], seen["rmax"]) < LEAST_RANGE
+
     return {
         op.attributes["name"].immediateValue.tensor.strings.values[0]
         for op in operations(spec)
-        if op.type in QUANTIZED_INPUTS and op.inputs["weight"].arguments[0].name in spared
+        if op.type in QUANTIZED_INPUTS
+        and (op.inputs["weight"].arguments[0].name in weights or tiny(op.inputs["x"].arguments[0].name))
     }
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import logging
 import os
 import shutil
 import sys
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.targets.coreml_tools import quiet_coremltools
 
 if TYPE_CHECKING:
     import torch
@@ -101,11 +99,13 @@ def add_classifier(spec: Any, names: list[str]) -> None:
 
     program = spec.mlProgram.functions["main"]
     block = program.block_specializations[program.opset]
+    logits = next((o for op in block.operations for o in op.outputs if o.name == LOGITS), None)
+    if logits is None:
+        raise UsageError(f"the program has no output named {LOGITS!r} to classify")
     axis = _constant(proto, "classify_axis", -1)
     softmax = proto.MIL_pb2.Operation(type="softmax")
     softmax.inputs["x"].arguments.add(name=LOGITS)
     softmax.inputs["axis"].arguments.add(name="classify_axis")
-    logits = next(o for op in block.operations for o in op.outputs if o.name == LOGITS)
     softmax.outputs.add(name="probabilities", type=logits.type)
     _name(softmax, "probabilities")
     classify = proto.MIL_pb2.Operation(type="classify")
@@ -272,22 +272,6 @@ def artifact_of(path: Path) -> Artifact:
         non_delegated=0,
         sha256=digest.hexdigest(),
     )
-
-
-@contextlib.contextmanager
-def quiet_coremltools() -> Iterator[Any]:
-    """Import coremltools without its notes on missing macOS libraries and untested versions; no progress bars."""
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        import coremltools as ct
-
-        try:
-            yield ct
-        finally:
-            logger.setLevel(level)
 
 
 def image_tensor(spec: Any, images: torch.Tensor) -> torch.Tensor:

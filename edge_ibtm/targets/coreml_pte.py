@@ -20,8 +20,9 @@ from edge_ibtm.targets.common import (
     size_of,
     write_program,
 )
-from edge_ibtm.targets.coreml import DEPLOYMENT_TARGETS, conversion_passes
-from edge_ibtm.targets.coreml_package import quiet_coremltools, replacing, run_mlpackage
+from edge_ibtm.targets.coreml import DEPLOYMENT_TARGETS
+from edge_ibtm.targets.coreml_package import replacing, run_mlpackage
+from edge_ibtm.targets.coreml_tools import quiet_coremltools
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +54,10 @@ def lower_coreml_pte(
 def _compile_specs(ct: Any, precision: str, deployment: str) -> list[Any]:
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
 
-    specs = CoreMLBackend.generate_compile_specs(
+    return CoreMLBackend.generate_compile_specs(
         compute_precision=getattr(ct.precision, PRECISIONS[precision]),
         minimum_deployment_target=getattr(ct.target, deployment),
     )
-    return [*specs, CoreMLBackend.generate_pass_pipeline_compile_spec(conversion_passes(ct).passes)]
 
 
 def _lowered(model: nn.Module, inputs: tuple[torch.Tensor, ...], specs: list[Any]) -> tuple[Any, Any]:
@@ -103,7 +103,9 @@ def _unflatten(payload: bytes, path: Path) -> None:
             raise EdgeIBTMError("the Core ML delegate's payload is damaged: lower the model again")
         package = next(Path(folder).rglob("*.mlpackage"), None)
         if package is None:
-            raise UsageError("the Core ML delegate holds a compiled model, not a package: lower it with model type MODEL")
+            raise UsageError(
+                "the Core ML delegate holds a compiled model, not a package: lower it with model type MODEL"
+            )
         with replacing(path) as temporary:
             package.rename(temporary)
 

@@ -18,7 +18,8 @@ import torch
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.targets import mil_ops_index, mil_ops_math, mil_ops_nn, mil_ops_shape
-from edge_ibtm.targets.coreml_package import class_labels, image_tensor, open_package, operations, quiet_coremltools
+from edge_ibtm.targets.coreml_package import class_labels, image_tensor, open_package, operations
+from edge_ibtm.targets.coreml_tools import quiet_coremltools
 from edge_ibtm.targets.mil_args import Args, Operation, stored
 
 COMPRESSED = frozenset(
