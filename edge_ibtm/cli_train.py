@@ -24,13 +24,9 @@ def train(
     out: Annotated[Path, typer.Option(help="folder of checkpoints, metrics and weights")] = Path("runs/train"),
     from_scratch: Annotated[bool, typer.Option(help="ignore model.weights and follow the base section")] = False,
     unmerged_epochs: Annotated[int | None, typer.Option(help="epochs before merging starts")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    accumulate: Annotated[int, typer.Option(help="micro-batches of one optimizer step")] = 1,
-    layer_decay: Annotated[float | None, typer.Option(help="layer-wise learning rate decay")] = None,
     sync_batchnorm: Annotated[bool, typer.Option(help="batch statistics over all processes (GPU)")] = False,
     compile: Annotated[bool, typer.Option(help="torch.compile")] = False,
     tensorboard: Annotated[bool, typer.Option(help="write TensorBoard events into OUT/tensorboard")] = False,
-    max_steps: Annotated[int | None, typer.Option(help="stop after so many optimizer steps")] = None,
     fresh: Annotated[bool, typer.Option(help="do not continue from OUT/checkpoint.pt")] = False,
     cpu: Annotated[bool, typer.Option(help="do not use a GPU")] = False,
 ) -> None:
@@ -39,9 +35,8 @@ def train(
     from edge_ibtm.recipe import load_recipe
 
     options = TrainOptions(
-        out, from_scratch, unmerged_epochs, precision, accumulate, layer_decay, sync_batchnorm, compile, tensorboard,
-        max_steps, not fresh, "cpu" if cpu else "auto",
-    )  # fmt: skip
+        out, from_scratch, unmerged_epochs, sync_batchnorm, compile, tensorboard, not fresh, "cpu" if cpu else "auto"
+    )
     with _ProgressLine() as line:
         history, path = train_recipe(load_recipe(recipe, overrides or []), options, line.show)
     if _first_process():

@@ -182,6 +182,8 @@ class Run:
                 self._epoch(progress if main else None, log)
                 if self.step >= self.plan.steps:
                     self._end_epoch(val, log)
+            if self.step:  # stopped by max_steps within an epoch
+                self.save()
         finally:
             log.close()
             self._hand_over()

@@ -29,13 +29,9 @@ class TrainOptions:
     out: Path = Path("runs/train")
     from_scratch: bool = False
     unmerged_epochs: int | None = None
-    precision: str = "fp32"
-    accumulate: int = 1
-    layer_decay: float | None = None
     sync_batchnorm: bool = False
     compile: bool = False
     tensorboard: bool = False
-    max_steps: int | None = None
     resume: bool = True
     device: str = "auto"
 
@@ -45,7 +41,7 @@ def train_config(recipe: Recipe, options: TrainOptions) -> FinetuneConfig:
     from edge_ibtm.finetune import FinetuneConfig
 
     section = recipe.base if options.from_scratch else recipe.finetune
-    settings = {**section.model_dump(), "distill": recipe.finetune.distill, "lambda_ib": recipe.finetune.lambda_ib}
+    settings = {**recipe.finetune.model_dump(), **section.model_dump()}
     if options.from_scratch:
         settings["distill"] = 0.0  # there is no teacher yet
     machine = asdict(options)
