@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from functools import cache
 
+import torch
 from torch import nn
 
 Rewrite = Callable[[nn.Module], nn.Module]
@@ -26,11 +27,12 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
     from edge_ibtm.rewrite_attention import SplitAttention, SplitWindowAttention
     from edge_ibtm.rewrite_linear_attention import ChannelFirstMLA, SlicedLinearAttention
     from edge_ibtm.rewrite_mobilevit import OnePermuteBlock
-    from edge_ibtm.rewrite_norm import LinearNorm
+    from edge_ibtm.rewrite_norm import LinearNorm, PooledGroupNorm
 
     table: dict[type[nn.Module], Rewrite] = {
         nn.LayerNorm: LinearNorm.of,
         layers.LayerNorm: LinearNorm.of,
+        layers.GroupNorm1: PooledGroupNorm.of,
         layers.Attention: SplitAttention.of,
         WindowAttention: SplitWindowAttention.of,
         LiteMLA: ChannelFirstMLA.of,
@@ -49,6 +51,16 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model).eval()
     fold_batch_norms(twin)
     return rewrite_modules(twin, rewrites())
+
+
+def export_rewritten(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+    """torch.export of the rewritten copy of an eager module, its operators rewritten too."""
+    from edge_ibtm.rewrite_graph import tidy
+    from edge_ibtm.rewrite_ops import DelegateOps
+
+    with torch.no_grad(), DelegateOps():
+        program = torch.export.export(prepare_for_export(model), inputs)
+    return tidy(program)
 
 
 def rewrite_modules(module: nn.Module, table: dict[type[nn.Module], Rewrite]) -> nn.Module:

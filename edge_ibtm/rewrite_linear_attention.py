@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edge_ibtm.rewrite_ops import filled_row
+
 
 class ChannelFirstMLA(nn.Module):
     """The equal of timm's LiteMLA: every product on [channels, positions], no split, no padding with ones.
@@ -33,9 +35,9 @@ class ChannelFirstMLA(nn.Module):
         scales = torch.cat([qkv, *(op(qkv) for op in self.aggreg)], 1)
         groups = scales.reshape(-1, 3 * self.dim, height * width)
         q, k, v = (groups[:, i * self.dim : (i + 1) * self.dim] for i in range(3))
-        q, k_t = self.kernel_func(q), self.kernel_func(k).transpose(1, 2)
-        ones = torch.ones_like(v[:, :1])
-        out = torch.bmm(torch.bmm(v, k_t), q) / (torch.bmm(torch.bmm(ones, k_t), q) + self.eps)
+        q, k = self.kernel_func(q), self.kernel_func(k)
+        total = F.linear(k, filled_row(1.0, height * width, k)).reshape(-1, 1, self.dim)
+        out = torch.bmm(torch.bmm(v, k.transpose(1, 2)), q) / (torch.bmm(total, q) + self.eps)
         return self.proj(out.reshape(batch, -1, height, width))
 
 
@@ -59,6 +61,7 @@ class SlicedLinearAttention(nn.Module):
         dim = self.embed_dim
         qkv = self.qkv_proj(x)
         query, key, value = qkv[:, :1], qkv[:, 1 : 1 + dim], qkv[:, 1 + dim :]
-        scores = torch.softmax(query, -1)
-        context = F.linear(key * scores, torch.ones_like(x[0, 0, :1]))
+        # Off the map layout first: the delegate would take the softmax over the channels of a map.
+        scores = torch.softmax(query.reshape(-1, *x.shape[2:]), -1).reshape(query.shape)
+        context = F.linear(key * scores, filled_row(1.0, x.shape[-1], x))
         return self.out_proj(F.relu(value) * context)

@@ -44,3 +44,27 @@ class LinearNorm(nn.Module):
         if self.weight is not None:
             normed = normed * self.weight
         return normed if self.bias is None else normed + self.bias
+
+
+class PooledGroupNorm(nn.Module):
+    """The equal of a group norm with one group on maps x [B, C, H, W], its means as the delegate's pooling."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.register_buffer("weight", norm.weight.detach().reshape(1, -1, 1, 1))
+        self.register_buffer("bias", norm.bias.detach().reshape(1, -1, 1, 1))
+
+    @classmethod
+    def of(cls, norm: Any) -> nn.Module:
+        """The equal of an affine one-group nn.GroupNorm; others are returned as they are."""
+        return cls(norm) if norm.num_groups == 1 and norm.affine else norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(x.shape[0], 1, x.shape[1], -1)
+        centred = flat - flat.mean((2, 3), keepdim=True)
+        variance = (centred * centred).mean((2, 3), keepdim=True)
+        return (centred * torch.rsqrt(variance + self.eps)).reshape(x.shape) * self.weight + self.bias
