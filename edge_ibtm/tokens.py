@@ -106,20 +106,17 @@ def kept_grid(height: int, width: int, keep_ratio: float, longest: int = 16) -> 
     """The grid (H', W') whose area is nearest to keep_ratio * H * W, sides cut alike, each side at least halved at most.
 
     Sides longer than `longest` are cut into equal tiles that merge on their own, so H' and W' are multiples of the number of
-    tiles. Raises UsageError for a ratio outside (0, 1] or below what one matching per axis can reach (a quarter).
+    tiles. Small odd sides may not go down to the ratio.
+    Raises UsageError for a ratio outside (0, 1] or below a quarter, which one matching per axis never goes under.
     """
     check_ratio(keep_ratio)
+    if keep_ratio < 0.25:
+        raise UsageError(f"keep ratio {keep_ratio} cannot be met by a grid: one matching per axis keeps at least 0.25")
     sides = [[t * k for k in range((s // t + 1) // 2, s // t + 1)] for s in (height, width) for t in [tiles(s, longest)]]
     best = min(
         ((h, w) for h in sides[0] for w in sides[1]),
         key=lambda hw: (_misfit(hw, (height, width), keep_ratio), -hw[0]),
     )
-    least = sides[0][0] * sides[1][0] / (height * width)
-    if keep_ratio < least - 1e-9 and best == (sides[0][0], sides[1][0]) and height * width > 1:
-        raise UsageError(
-            f"keep ratio {keep_ratio} is below {least:.3f}, the least that one matching per axis leaves of a "
-            f"{height} x {width} grid; raise the ratio"
-        )
     return best
 
 

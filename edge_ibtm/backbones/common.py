@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..mergers import make_merger
 from ..site import Site
-from ..tokens import check_ratio
+from ..tokens import check_ratio, kept_grid
+
+UNBOUNDED = ("evit", "ats", "drop", "uniform", "identity")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class SiteMaker:
             )
         for r in self.ratios:
             check_ratio(r)
+            if settings.layout == "grid":
+                kept_grid(16, 16, r)
+            elif r < 0.5 and settings.merger not in UNBOUNDED:
+                raise UsageError(
+                    f"keep ratio {r:.3g} at one site is below 0.5, the least that one matching of a sequence leaves; "
+                    "raise it, or spread it over more sites (density='block')"
+                )
 
     def __call__(self, dim: int, longest: int = 16) -> Site:
         """The next site, for tokens of width `dim`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from timm.models.efficientvit_mit import EfficientVit, EfficientVitBlock, EfficientVitStage
 from torch import Tensor, nn
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,

@@ -1,0 +1,180 @@
+"""Every backbone x merger x keep ratio meets one contract, on tiny twins. Registering is testing."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+import edge_ibtm
+from edge_ibtm.backbones import BACKBONES, family_of
+from edge_ibtm.errors import UsageError
+from edge_ibtm.mergers import MERGERS, check_merger
+from edge_ibtm.surgery import sites_of
+
+PRUNERS = {"tofu", "tofu_ltmp", "ltmp", "ats", "drop"}
+RATIOS = (1.0, 0.7, 0.5)
+
+
+@cache
+def twin(family: str) -> tuple[nn.Module, int]:
+    torch.manual_seed(3)
+    return BACKBONES[family].twin()
+
+
+def cases() -> list[tuple[str, str, str, str]]:
+    found = []
+    for family in BACKBONES.values():
+        for merger, layout, density in itertools.product(MERGERS, family.layouts, family.densities):
+            if density == "once" and layout == "sequence" and family.layouts[0] == "grid":
+                continue
+            try:
+                check_merger(merger, layout, family.attention(twin(family.name)[0]))
+            except UsageError:
+                continue
+            found.append((family.name, merger, layout, density))
+    return found
+
+
+def merged(family: str, **options: object) -> tuple[nn.Module, int]:
+    model, side = twin(family)
+    torch.manual_seed(5)
+    return edge_ibtm.insert_mergers(copy.deepcopy(model), **options), side  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "merger", "layout", "density"), cases())
+def test_contract(family: str, merger: str, layout: str, density: str) -> None:
+    base, side = twin(family)
+    images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+    expected = base(images)
+    for ratio in RATIOS:
+        model, _ = merged(family, merger=merger, keep_ratio=ratio, layout=layout, density=density)
+        output = model(images)
+        assert output.shape == expected.shape and torch.isfinite(output).all()
+        if ratio == 1.0 or merger == "identity":
+            assert torch.allclose(output, expected, atol=1e-6)
+        else:
+            assert not torch.allclose(output, expected, atol=1e-6)
+        scale = output.abs().max()
+        assert torch.allclose(model(images[1:2]), output[1:2], atol=1e-4 * scale, rtol=0)
+        assert torch.allclose(model(images.flip(0)), output.flip(0), atol=1e-4 * scale, rtol=0)
+        _check_traces(model, images, merger)
+        again = edge_ibtm.insert_mergers(copy.deepcopy(model), merger=merger, keep_ratio=ratio, layout=layout, density=density)  # type: ignore[arg-type]  # noqa: E501  # fmt: skip
+        assert list(again.state_dict()) == list(model.state_dict())
+        edge_ibtm.remove_mergers(model)
+        state = base.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+        assert torch.equal(model(images), expected) and str(model) == str(base)
+
+
+def _check_traces(model: nn.Module, images: torch.Tensor, merger: str) -> None:
+    for trace in edge_ibtm.merge_trace(model, images):
+        tokens = trace.assignment.shape[2]
+        columns = trace.assignment.sum(1)
+        if merger in PRUNERS:
+            assert (columns <= 1).all() and (trace.sizes.sum(1) <= tokens).all()
+        else:
+            assert torch.equal(columns, torch.ones_like(columns))
+            if density_keeps_size(model):
+                assert torch.allclose(trace.sizes.sum(1), torch.full((len(trace.sizes),), float(tokens)))
+        prefix = getattr(getattr(model, "blocks", None), "prefix", 0)
+        assert torch.equal(trace.assignment[:, :prefix, :prefix], torch.eye(prefix).expand(len(columns), -1, -1))
+        assert (trace.weights > 0).all()
+
+
+def density_keeps_size(model: nn.Module) -> bool:
+    """Sizes of a site count original tokens, so they sum to its own N only where no site came before it."""
+    return len(sites_of(model)) == 1 or not family_of(model).name == "vit"
+
+
+@pytest.mark.parametrize(("family", "merger"), sorted({(f, m) for f, m, *_ in cases()}))
+def test_gradients_reach_every_learned_parameter(family: str, merger: str) -> None:
+    model, side = merged(family, merger=merger, keep_ratio=0.6)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for site in sites_of(model).values():
+            for name, buffer in site.named_buffers():
+                if name.endswith(("centroids", "step")):
+                    buffer.normal_()
+    model(torch.randn(2, 3, side, side)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        if ".merger." in name and "prune_threshold" not in name:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BACKBONES)
+def test_state_dict_round_trip(family: str) -> None:
+    model, side = merged(family, merger="ibtm")
+    for parameter in model.parameters():
+        parameter.add_(0.01)
+    other, _ = merged(family, merger="ibtm")
+    other.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, side, side)
+    assert torch.equal(model(images), other(images))
+    base = set(twin(family)[0].state_dict())
+    assert base <= set(model.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BACKBONES)
+def test_export_works_twice(family: str) -> None:
+    model, side = merged(family, merger="ibtm")
+    images = torch.randn(1, 3, side, side)
+    expected = model(images)
+    for _ in range(2):
+        program = torch.export.export(model, (images,)).module()
+        assert torch.allclose(program(images), expected, atol=1e-5)
+
+
+LOWERED = [(f, m, d) for f in BACKBONES for m in ("ibtm", "tofu") for d in BACKBONES[f].densities[:1]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "merger", "density"), LOWERED)
+def test_lowered_model_loads_and_equals_eager(family: str, merger: str, density: str, tmp_path: object) -> None:
+    from edge_ibtm.targets.common import run_pte
+
+    model, side = merged(family, merger=merger, keep_ratio=0.7, density=density)
+    images = torch.randn(1, 3, side, side)
+    artifact = edge_ibtm.lower(model, (images,), tmp_path / "model.pte")  # type: ignore[operator]
+    (output,) = run_pte(artifact.path, (images,))
+    expected = model(images)
+    assert torch.allclose(output, expected, atol=1e-4 * float(expected.abs().max().clamp_min(1)))
+
+
+PAPER = [
+    "mobilevit_xs", "mobilevit_s", "efficientvit_b1", "vit_small_patch16_224", "vit_base_patch16_224",
+    "swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", PAPER)
+def test_full_size_models_lower_and_equal_eager(name: str, tmp_path: object) -> None:
+    from edge_ibtm.macs import default_size
+    from edge_ibtm.targets.common import run_pte
+    from edge_ibtm.targets.coreml import CoreMLOptions, lower_coreml
+
+    torch.manual_seed(0)
+    model = edge_ibtm.insert_mergers(edge_ibtm.build_model(name))
+    side = default_size(model)
+    images = torch.randn(1, 3, side, side)
+    artifact = edge_ibtm.lower(model, (images,), tmp_path / "model.pte")  # type: ignore[operator]
+    (output,) = run_pte(artifact.path, (images,))
+    expected = model(images)
+    assert torch.allclose(output, expected, atol=1e-4 * float(expected.abs().max().clamp_min(1)))
+    package = lower_coreml(model, (images,), tmp_path / "model.mlpackage", CoreMLOptions())  # type: ignore[operator]
+    assert package.bytes > 1_000_000

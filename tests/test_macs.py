@@ -1,0 +1,64 @@
+"""MAC counts against published figures, and the account by shapes against the counter."""
+
+from __future__ import annotations
+
+import pytest
+
+import edge_ibtm
+from edge_ibtm.backbones import BACKBONES, family_of
+from edge_ibtm.macs import analytic_macs, transformer_block_macs
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "giga"),
+    [
+        ("mobilevit_xs", 224, 0.772), ("mobilevit_xs", 256, 1.026), ("mobilevit_s", 224, 1.522),
+        ("mobilevit_s", 256, 2.001), ("efficientvit_b1", 224, 0.519), ("efficientvit_b1", 288, 0.856),
+        ("swin_tiny_patch4_window7_224", 224, 4.491), ("deit_small_patch16_224", 224, 4.599),
+    ],
+)  # fmt: skip
+def test_base_models_cost_what_is_published(name: str, side: int, giga: float) -> None:
+    assert edge_ibtm.count_macs(edge_ibtm.build_model(name), side) / 1e9 == pytest.approx(giga, rel=0.005)
+
+
+@pytest.mark.parametrize(("remove", "giga"), [(8, 3.416), (13, 2.703), (16, 2.291)])
+def test_tome_on_deit_small_costs_what_is_published(remove: int, giga: float) -> None:
+    model, left = edge_ibtm.build_model("deit_small_patch16_224"), [196]
+    for _ in range(12):
+        left.append(left[-1] - min(remove, left[-1] // 2))
+    ratios = [after / before for before, after in zip(left, left[1:])]
+    edge_ibtm.insert_mergers(model, merger="tome", keep_ratio=ratios, density="block")
+    assert edge_ibtm.count_macs(model) / 1e9 == pytest.approx(giga, rel=0.005)
+    blocks = sum(transformer_block_macs(a + 1, 384, mlp_tokens=b + 1) for a, b in zip(left, left[1:]))
+    assert (blocks + 196 * 768 * 384 + 384 * 1000) / 1e9 == pytest.approx(giga, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "share"),
+    [
+        ("mobilevit_s", 256, 0.85), ("mobilevit_s", 224, 0.85), ("efficientvit_b1", 224, 0.86),
+        ("efficientvit_b1", 288, 0.86), ("vit_small_patch16_224", 224, 0.75),
+        ("swin_tiny_patch4_window7_224", 224, 0.86),
+    ],
+)  # fmt: skip
+def test_merging_at_seven_tenths_saves_what_is_promised(name: str, side: int, share: float) -> None:
+    model = edge_ibtm.build_model(name)
+    base = edge_ibtm.count_macs(model, side)
+    assert edge_ibtm.count_macs(edge_ibtm.insert_mergers(model), side) / base <= share
+
+
+@pytest.mark.parametrize("name", ["mobilevit_s", "efficientvit_b1", "vit_small_patch16_224"])
+def test_the_account_by_shapes_agrees_with_the_counter(name: str) -> None:
+    model = edge_ibtm.build_model(name)
+    for density in (None, *family_of(model).densities):
+        if density:
+            edge_ibtm.insert_mergers(model, density=density)
+        by_module = analytic_macs(model)
+        assert sum(by_module.values()) == pytest.approx(edge_ibtm.count_macs(model), rel=0.01)
+        assert any("site" in path for path in by_module) == (density is not None)
+
+
+def test_oblong_images_and_training_mode() -> None:
+    model, _ = BACKBONES["mobilevit"].twin()
+    assert edge_ibtm.count_macs(model.train(), (128, 64)) < edge_ibtm.count_macs(model, 128)
+    assert model.training

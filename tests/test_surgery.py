@@ -1,0 +1,189 @@
+"""Surgery on whole models: ToMe as published on a ViT, budgets, features, traces, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import edge_ibtm
+from edge_ibtm.backbones import BACKBONES, model_names
+from edge_ibtm.errors import UsageError
+from edge_ibtm.surgery import sites_of
+
+
+def tiny_vit(**options: object) -> VisionTransformer:
+    torch.manual_seed(0)
+    values = dict(img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3, num_classes=7) | options
+    return VisionTransformer(**values).eval()  # type: ignore[arg-type]
+
+
+def published_tome_forward(vit: VisionTransformer, images: Tensor, remove: int) -> Tensor:
+    """ToMe on a ViT written from the paper (sections 3 and 4.1) with sorting and indexing, one image at a time."""
+    outputs = []
+    for image in images:
+        x = vit._pos_embed(vit.patch_embed(image[None]))[0]
+        size = torch.ones(len(x))
+        for block in vit.blocks:
+            attn, normed = block.attn, block.norm1(x)
+            q, k, v = attn.qkv(normed).reshape(len(x), 3, attn.num_heads, -1).permute(1, 2, 0, 3)
+            weights = ((q * attn.scale) @ k.transpose(1, 2) + size.log()).softmax(-1)
+            x = x + block.ls1(attn.proj((weights @ v).transpose(0, 1).reshape(len(x), -1)))
+            metric = k.mean(0)
+            metric = metric / metric.norm(dim=-1, keepdim=True)
+            scores = metric[::2] @ metric[1::2].T
+            scores[0] = -float("inf")
+            best, partner = scores.max(-1)
+            gone = torch.argsort(best, descending=True)[:remove]
+            mass, total = x * size[:, None], size.clone()
+            for even in gone.tolist():
+                mass[2 * partner[even] + 1] += mass[2 * even]
+                total[2 * partner[even] + 1] += total[2 * even]
+            keep = torch.ones(len(x), dtype=torch.bool)
+            keep[2 * gone] = False
+            x, size = (mass / total[:, None])[keep], total[keep]
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        outputs.append(vit.head(vit.norm(x[None])[:, 0]))
+    return torch.cat(outputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("remove", [4, 9])
+def test_tome_equals_the_published_method_on_a_vit(remove: int) -> None:
+    vit, images = tiny_vit(init_values=0.7), torch.randn(3, 3, 32, 32)
+    expected = published_tome_forward(vit, images, remove)
+    left = [64 - remove * i for i in range(4)]
+    ratios = [after / before for before, after in zip(left, left[1:])]
+    edge_ibtm.insert_mergers(vit, merger="tome", keep_ratio=ratios, density="block")
+    assert torch.allclose(vit(images), expected, atol=1e-5)
+    assert [t.assignment.shape[1] for t in edge_ibtm.merge_trace(vit, images)] == [n + 1 for n in left[1:]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BACKBONES)
+def test_intermediate_features_have_the_original_grid(family: str) -> None:
+    model, side = BACKBONES[family].twin()
+    images = torch.randn(2, 3, side, side)
+    before = [f.shape for f in model.forward_intermediates(images, intermediates_only=True)]
+    density = next(d for d in BACKBONES[family].densities if d != "once" or family == "vit")
+    edge_ibtm.insert_mergers(model, keep_ratio=0.6, density=density)
+    after = model.forward_intermediates(images, intermediates_only=True)
+    assert [f.shape for f in after] == before
+    assert all(torch.isfinite(f).all() for f in after)
+
+
+@torch.no_grad()
+def test_features_only_models_take_mergers() -> None:
+    images = torch.randn(1, 3, 128, 128)
+    model = timm.create_model("mobilevit_xxs", features_only=True).eval()
+    shapes = [f.shape for f in model(images)]
+    edge_ibtm.insert_mergers(model, merger="tome")
+    assert len(sites_of(model)) == 3
+    assert [f.shape for f in model(images)] == shapes
+    vit = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=64, out_indices=[0, 11]).eval()
+    edge_ibtm.insert_mergers(vit, merger="tome")
+    assert [tuple(f.shape) for f in vit(torch.randn(1, 3, 64, 64))] == [(1, 192, 4, 4)] * 2
+
+
+@torch.no_grad()
+def test_a_budget_of_macs_is_met_from_below() -> None:
+    model, side = BACKBONES["vit"].twin()
+    base = edge_ibtm.count_macs(model, side)
+    edge_ibtm.insert_mergers(model, macs=0.85, img_size=side)
+    assert 0.8 < edge_ibtm.count_macs(model, side) / base <= 0.85
+    with pytest.raises(UsageError, match="cannot be met"):
+        edge_ibtm.insert_mergers(model, macs=0.1, img_size=side)
+    assert not sites_of(model)
+    with pytest.raises(UsageError, match="outside"):
+        edge_ibtm.insert_mergers(model, macs=1.5)
+
+
+@torch.no_grad()
+def test_a_pruner_after_a_merger() -> None:
+    vit, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    edge_ibtm.insert_mergers(vit, merger="tome+evit", keep_ratio=0.6)
+    (trace,) = edge_ibtm.merge_trace(vit, images)
+    assert trace.assignment.shape[1:] == (1 + 38, 65)
+    edge_ibtm.insert_mergers(vit, merger="tome+drop", keep_ratio=0.6)
+    (trace,) = edge_ibtm.merge_trace(vit, images)
+    columns = trace.assignment.sum(1)
+    assert set(columns.unique().tolist()) == {0.0, 1.0} and (trace.assignment.sum(2) >= 1).all()
+
+
+@torch.no_grad()
+def test_evit_keeps_what_the_class_token_attends_to() -> None:
+    vit, images = tiny_vit(depth=1), torch.randn(2, 3, 32, 32)
+    seen: list[Tensor] = []
+    attn = vit.blocks[0].attn
+    attn.fused_attn = False
+    handle = attn.attn_drop.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    vit(images)
+    handle.remove()
+    best = seen[0][:, :, 0, 1:].mean(1).topk(31).indices + 1
+    edge_ibtm.insert_mergers(vit, merger="evit", keep_ratio=0.5)
+    (trace,) = edge_ibtm.merge_trace(vit, images)
+    fused = trace.assignment[:, -1]
+    for image in range(2):
+        assert sorted(best[image].tolist()) == sorted((fused[image] == 0).nonzero()[1:, 0].tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(96, 160), (112, 112), (160, 96)])
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "efficientvit_b0"])
+def test_odd_and_oblong_images(name: str, size: tuple[int, int]) -> None:
+    model = edge_ibtm.build_model(name, num_classes=5)
+    images = torch.randn(1, 3, *size)
+    for density in BACKBONES[name.split("_")[0]].densities:
+        edge_ibtm.insert_mergers(model, merger="tome", density=density)
+        assert model(images).shape == (1, 5)
+    assert torch.isfinite(model(images)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_ratio": 0.0}, "outside"),
+        ({"keep_ratio": 1.2}, "outside"),
+        ({"keep_ratio": 0.1}, "at least 0.25"),
+        ({"keep_ratio": [0.7, 0.7]}, "2 keep ratios for 3 sites"),
+        ({"merger": "tomee"}, "did you mean 'tome'"),
+        ({"merger": "evit"}, "no meaning in the grid layout; these have"),
+        ({"merger": "tome+tofu+evit"}, "chains 3"),
+        ({"layout": "gird"}, "did you mean 'grid'"),
+        ({"density": "everywhere"}, "known: block, once, stage"),
+        ({"density": "once", "layout": "sequence"}, "needs layout='grid'"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(options: dict[str, object], message: str) -> None:
+    model = timm.create_model("mobilevit_xxs", num_classes=5).eval()
+    keys = list(model.state_dict())
+    with pytest.raises(UsageError, match=message):
+        edge_ibtm.insert_mergers(model, **options)  # type: ignore[arg-type]
+    assert list(model.state_dict()) == keys
+
+
+def test_models_without_tokens_are_refused() -> None:
+    with pytest.raises(UsageError, match="no tokens that can be merged"):
+        edge_ibtm.insert_mergers(timm.create_model("test_resnet" if timm.is_model("test_resnet") else "resnet10t"))
+    with pytest.raises(UsageError, match="did you mean 'mobilevit_s'"):
+        edge_ibtm.build_model("mobilevit_z")
+    with pytest.raises(UsageError, match="no merge sites"):
+        edge_ibtm.merge_trace(tiny_vit(), torch.zeros(1, 3, 32, 32))
+
+
+def test_every_listed_model_is_known_to_timm() -> None:
+    assert [name for name in model_names() if not timm.is_model(name)] == []
+
+
+def test_training_mode_and_parameters_survive() -> None:
+    model = tiny_vit(drop_path_rate=0.2).train()
+    before = copy.deepcopy(model.state_dict())
+    edge_ibtm.insert_mergers(model)
+    assert all(m.training for m in model.modules())
+    edge_ibtm.remove_mergers(model)
+    assert isinstance(model.blocks, nn.Sequential) and model.blocks[1].drop_path1.drop_prob > 0
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and len(before) == len(model.state_dict())
