@@ -47,12 +47,13 @@ def is_captured(model: nn.Module) -> bool:
 
 def capture(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
     """torch.export of the rewritten copy of an eager module, or of a graph module as it is."""
-    from edge_ibtm.rewrite import prepare_for_export
+    from edge_ibtm.rewrite import export_rewritten
 
-    ready = model if is_captured(model) else prepare_for_export(model)
     try:
+        if not is_captured(model):
+            return export_rewritten(model, inputs)
         with torch.no_grad():
-            return torch.export.export(ready, inputs)
+            return torch.export.export(model, inputs)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise EdgeIBTMError(f"torch.export of {type(model).__name__} on {shapes} failed: {first_line(error)}") from error

@@ -41,7 +41,7 @@ def _to_edge(program: torch.export.ExportedProgram) -> Any:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.utils.configs import get_transform_passes
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.passes.const_prop_pass import ConstPropPass
 
-    return to_edge_transform_and_lower(
-        program, partitioner=[XnnpackPartitioner()], transform_passes=get_transform_passes()
-    )
+    passes = [*get_transform_passes(), ConstPropPass()]
+    return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], transform_passes=passes)
