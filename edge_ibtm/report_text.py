@@ -8,6 +8,9 @@ from typing import Any
 COLUMNS = ("stage", "top-1 %", "MACs M", "params M", "MB", "SQNR dB", "subgraphs", "in / out", "p50 ms", "speed-up")
 
 
+WIDE_ONLY = "in / out"  # left out on the screen, which may be 100 columns wide
+
+
 def cells(row: Mapping[str, Any]) -> list[str]:
     """The cells of one row, in the order of COLUMNS; '' where there is no figure."""
     nodes = f"{row['delegated']} / {row['non_delegated']}" if row["delegated"] is not None else ""
@@ -46,8 +49,8 @@ def legend(values: Mapping[str, Any]) -> list[str]:
     images = values["data"]["images"]["test"]
     return [
         f"top-1 on {images} held-out images; MACs: multiply-accumulates of one image; MB: 10^6 bytes (eager: of the "
-        "weights); SQNR: artifact against the model it was made from; in / out: graph nodes inside and outside the "
-        "delegate"
+        "weights); SQNR: artifact against the model it was made from; subgraphs: parts of the graph that the delegate "
+        "runs (in / out: nodes inside and outside it)"
     ]
 
 
@@ -92,10 +95,12 @@ def print_report(values: Mapping[str, Any], console: Any) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
+    shown = [i for i, name in enumerate(COLUMNS) if name != WIDE_ONLY]
+    for i in shown:
+        table.add_column(COLUMNS[i], justify="left" if i == 0 else "right", overflow="fold")
     for row in values["rows"]:
-        table.add_row(*cells(row))
+        line = cells(row)
+        table.add_row(*(line[i] for i in shown))
     console.print(table)
     for note in [*legend(values), *values["notes"]]:
         console.print(f"[dim]- {note}[/dim]", highlight=False)

@@ -1,0 +1,126 @@
+"""Data: disjoint splits, the demo set, timm's specs, unreadable images."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from edge_ibtm.config import DataSection
+from edge_ibtm.data import View, load_data, split_indices, view_of
+from edge_ibtm.data_sources import demo_source, fingerprint
+from edge_ibtm.errors import UsageError
+
+VIEW = View(img_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def write_images(root: Path, classes: tuple[str, ...] = ("ant", "bee"), count: int = 8) -> Path:
+    """A folder of class folders with one-colour images: class i has the red value 50 i."""
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 40), (50 * label, i, 0)).save(root / name / f"{i}.png")
+    return root
+
+
+def small(source: Path | str | None, **options: object) -> DataSection:
+    """A section for few images."""
+    return DataSection.model_validate({"source": source and str(source), "calibration_images": 2, **options})
+
+
+def test_demo_parts_do_not_overlap_in_content() -> None:
+    data = load_data(None, VIEW)
+    parts = [
+        {data.train.source.read(i)[0].tobytes() for i in part.indices} for part in (data.train, data.calibration, data.test)
+    ]
+    assert [len(p) for p in parts] == [len(data.train), len(data.calibration), len(data.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert data.class_names == tuple("0123456789") and demo_source().size == 1797
+
+
+def test_splits_depend_on_the_seed_only() -> None:
+    spec = DataSection()
+    assert split_indices(spec, 500, None, 0) == split_indices(spec, 500, None, 0)
+    assert split_indices(spec, 500, None, 0) != split_indices(spec, 500, None, 1)
+    train, calibration, test = split_indices(spec, 500, None, 0)
+    assert sorted(train + calibration + test) == list(range(500))
+
+
+def test_folder_is_normalised_and_labelled(tmp_path: Path) -> None:
+    data = load_data(small(write_images(tmp_path / "d")), VIEW)
+    assert data.class_names == ("ant", "bee")
+    for image, label in (data.test[i] for i in range(len(data.test))):
+        assert image.shape == (3, 32, 32)
+        assert image[0].mean().item() == pytest.approx((50 * label / 255 - 0.5) / 0.5, abs=1e-5)
+
+
+def test_own_test_split_is_used_and_shares_labels(tmp_path: Path) -> None:
+    write_images(tmp_path / "train")
+    (tmp_path / "val" / "bee").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "val" / "bee" / "0.png")
+    data = load_data(small(tmp_path), VIEW)
+    assert len(data.test) == 1 and data.test[0][1] == 1
+    assert len(data.train) + len(data.calibration) == 16
+
+
+def test_test_classes_that_training_lacks_are_refused(tmp_path: Path) -> None:
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "val", ("ant", "cow"), 1)
+    with pytest.raises(UsageError, match="'cow'"):
+        load_data(small(tmp_path), VIEW)
+
+
+def test_tar_of_class_folders(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "d")
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    assert load_data(small(tmp_path / "d.tar"), VIEW).class_names == ("ant", "bee")
+
+
+def test_corrupt_image_is_named(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "d")
+    victim = folder / "bee" / "3.png"
+    victim.write_bytes(victim.read_bytes()[:60])
+    with pytest.raises(UsageError, match=r"bee/3\.png.*repair or remove"):
+        load_data(small(folder), VIEW)
+
+
+def test_unreadable_data_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_images(tmp_path / "one", ("ant",))
+    for source, message in (
+        (tmp_path / "missing", "no data at"),
+        (tmp_path / "empty", "0 images"),
+        (tmp_path / "one", "1 class"),
+        (Path(__file__), "not a .tar"),
+        ("torch/cifar10", "data.root"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load_data(small(source, root=str(tmp_path)), VIEW)
+
+
+def test_too_few_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="calibration_images"):
+        load_data(DataSection(source=str(write_images(tmp_path / "d", count=2)), calibration_images=50), VIEW)
+
+
+def test_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
+    spec = small(write_images(tmp_path / "d"))
+    before = fingerprint(spec)
+    assert before == fingerprint(spec)
+    Image.new("RGB", (8, 8)).save(tmp_path / "d" / "ant" / "new.png")
+    assert fingerprint(spec) != before
+
+
+def test_view_is_timms_configuration() -> None:
+    view = view_of("mobilevit_s", 96)
+    assert (view.img_size, view.mean, view.crop_pct) == (96, (0.0, 0.0, 0.0), 0.9)
+
+
+def test_training_images_are_augmented_and_test_images_are_not() -> None:
+    data = load_data(None, VIEW)
+    assert torch.equal(data.test[0][0], data.test[0][0])
+    assert any(not torch.equal(data.train[0][0], data.train[0][0]) for _ in range(5))
