@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+
+if TYPE_CHECKING:
+    from edge_ibtm.finetune_loop import Run
 
 NAME, METRICS = "checkpoint.pt", "metrics.jsonl"
 
@@ -55,9 +59,40 @@ def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     return state
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Delete folder/checkpoint.pt if it is there."""
-    (folder / NAME).unlink(missing_ok=True)
+def state_of(run: Run) -> dict[str, Any]:
+    """Everything that a run needs to continue."""
+    scaler = run.accelerator.scaler
+    return {
+        "fingerprint": run.fingerprint,
+        "model": run.raw.state_dict(),
+        "optimizer": run.bare_optimizer.state_dict(),
+        "ema": run.ema.module.state_dict() if run.ema is not None else None,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "clusters": asdict(run.clusters) if run.clusters is not None else None,
+        "progress": {"epoch": run.epoch, "step": run.step, "bad": run.bad, "sums": run.sums},
+        "history": asdict(run.history),
+    }
+
+
+def restore(run: Run, state: dict[str, Any]) -> None:
+    """Put a run, whose model has the sites it had then, where `state_of` found it."""
+    from edge_ibtm.finetune import EpochMetrics, History
+    from edge_ibtm.statistics import Clusters
+
+    run.raw.load_state_dict(state["model"])
+    run.bare_optimizer.load_state_dict(state["optimizer"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(state["ema"])
+    if run.accelerator.scaler is not None and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    if state["clusters"]:
+        device = run.accelerator.device
+        parts: dict[str, Any] = {k: v.to(device) if torch.is_tensor(v) else v for k, v in state["clusters"].items()}
+        run.clusters = Clusters(**parts)
+    place, past = state["progress"], state["history"]
+    run.epoch, run.step, run.bad, run.sums = (place[k] for k in ("epoch", "step", "bad", "sums"))
+    run.history = History(**{**past, "epochs": [EpochMetrics(**e) for e in past["epochs"]]})
+    run.history.resumed_at = run.history.steps
 
 
 class MetricsLog:

@@ -44,8 +44,7 @@ def predictions(model: nn.Module, data: Dataset | DataLoader, batch_size: int = 
     was_training = model.training
     model.eval()
     pairs = [
-        (model(images.to(device)).argmax(-1).cpu(), labels)
-        for images, labels in evaluation_batches(data, batch_size)
+        (model(images.to(device)).argmax(-1).cpu(), labels) for images, labels in evaluation_batches(data, batch_size)
     ]
     model.train(was_training)
     return torch.cat([p for p, _ in pairs]), torch.cat([y for _, y in pairs])

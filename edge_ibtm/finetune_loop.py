@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edge_ibtm.errors import EdgeIBTMError
 from edge_ibtm.finetune import Data, EpochMetrics, FinetuneConfig, History, Progress
-from edge_ibtm.finetune_checkpoint import MetricsLog, load_checkpoint, save_checkpoint
+from edge_ibtm.finetune_checkpoint import MetricsLog, load_checkpoint, restore, save_checkpoint, state_of
 from edge_ibtm.finetune_data import Plan, as_dataset, epoch_batches, sample_batches, seed_everything
 from edge_ibtm.finetune_eval import evaluate
 from edge_ibtm.finetune_loss import LossWeights, classifier_of, ib_term, pooled_features, training_loss
@@ -73,7 +73,7 @@ class Run:
 
     def _place(self) -> None:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        self.raw.to(self.accelerator.device, memory_format=layout)
+        self.raw.to(self.accelerator.device).to(memory_format=layout)
 
     def _fingerprint(self) -> str:
         settings = {k: v for k, v in asdict(self.config).items() if k not in _NOT_IN_FINGERPRINT}
@@ -121,45 +121,18 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint (the first process only; parameters are equal on all)."""
         self.saved_at = time.monotonic()
-        if self.folder is None or not self.accelerator.is_main_process:
-            return
-        scaler = self.accelerator.scaler
-        save_checkpoint(self.folder, {
-            "fingerprint": self.fingerprint,
-            "model": self.raw.state_dict(),
-            "optimizer": self.bare_optimizer.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "clusters": asdict(self.clusters) if self.clusters is not None else None,
-            "progress": {"epoch": self.epoch, "step": self.step, "bad": self.bad, "sums": self.sums},
-            "history": asdict(self.history),
-        })  # fmt: skip
+        if self.folder is not None and self.accelerator.is_main_process:
+            save_checkpoint(self.folder, state_of(self))
 
     def _restore(self) -> None:
         state = load_checkpoint(self.folder, self.fingerprint) if self.folder and self.config.resume else None
         if state is None:
             return
-        place = state["progress"]
-        if self.merge is not None and 0 < self.config.unmerged_epochs <= place["epoch"] and self._has_mergers(state):
+        epoch, step = state["progress"]["epoch"], state["progress"]["step"]
+        # a checkpoint written at the boundary itself is still unmerged
+        if 0 < self.config.unmerged_epochs < epoch or (0 < self.config.unmerged_epochs == epoch and step):
             self._merge_now()
-        self.raw.load_state_dict(state["model"])
-        self.bare_optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if state["clusters"]:
-            device = self.accelerator.device
-            parts = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state["clusters"].items()}
-            self.clusters = Clusters(**parts)
-        self.epoch, self.step, self.bad, self.sums = (place[k] for k in ("epoch", "step", "bad", "sums"))
-        past = state["history"]
-        self.history = History(**{**past, "epochs": [EpochMetrics(**e) for e in past["epochs"]]})
-        self.history.resumed_at = self.history.steps
-
-    def _has_mergers(self, state: dict[str, Any]) -> bool:
-        """Whether the checkpoint was written after the surgery (at the boundary itself both are possible)."""
-        return state["progress"]["epoch"] > self.config.unmerged_epochs or state["progress"]["step"] > 0
+        restore(self, state)
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -247,9 +220,7 @@ class Run:
                 ((config.epochs - self.epoch) * plan.steps - self.step) * plan.step_images / speed,
             ), progress, log)  # fmt: skip
 
-    def _after_step(
-        self, now: Progress, progress: Callable[[Progress], None] | None, log: MetricsLog
-    ) -> None:
+    def _after_step(self, now: Progress, progress: Callable[[Progress], None] | None, log: MetricsLog) -> None:
         if self.history.steps % self.config.log_every == 0:
             log.write(self.history.steps, {k: v for k, v in asdict(now).items() if k not in ("step", "steps")})
         if time.monotonic() - self.saved_at >= self.config.checkpoint_seconds:
@@ -297,12 +268,11 @@ class Run:
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = self.teacher(images)
+        with pooled_features(self.raw) as kept, self.accelerator.autocast():
+            logits = self.model(images)
         ib = None
-        with pooled_features(self.raw) if self.clusters is not None else nullcontext([]) as kept:
-            with self.accelerator.autocast():
-                logits = self.model(images)
-            if self.clusters is not None:
-                ib = ib_term(kept[0], labels, self.clusters, self.config.ib_conditional)
+        if self.clusters is not None:
+            ib = ib_term(kept[0], labels, self.clusters, self.config.ib_conditional)
         return training_loss(self.weights, logits, targets, teacher_logits, ib)
 
     def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

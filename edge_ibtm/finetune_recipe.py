@@ -135,7 +135,7 @@ def stream(recipe: Recipe, view: Any, *, train: bool) -> Any:
 
     section, augment = recipe.data, recipe.data.augment
     dataset = create_dataset(
-        section.source,
+        str(section.source),
         root=section.root,
         split=section.train_split if train else section.test_split,
         is_training=train,

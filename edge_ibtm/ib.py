@@ -67,9 +67,10 @@ def measure_ib(
     q = merged.likelihood.double()
     bounds = [ib_bound(phi, phi_input, labels, q, conditional=c) for c in (False, True)]
     world = accelerator.num_processes if accelerator else 1
-    means = (reduce(torch.stack([*bounds, input_entropy(phi_input)])) / world).tolist()
+    bound, conditional, entropy = (reduce(torch.stack([*bounds, input_entropy(phi_input)])) / world).tolist()
     info = [_information(joint) for joint in (with_inputs, with_labels)]
-    return IBMeasure(place, info[0] - info[1], info[0], info[1], *means, images=int(reduce(counter.samples.clone())))
+    images = int(reduce(counter.samples.clone()))
+    return IBMeasure(place, info[0] - info[1], info[0], info[1], bound, conditional, entropy, images)
 
 
 def _information(joint: Tensor) -> float:

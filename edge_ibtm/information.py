@@ -70,14 +70,10 @@ def ib_from_joints(with_inputs: Tensor, with_labels: Tensor) -> Tensor:
 
 def ib_loss(phi_merged: Tensor, phi_input: Tensor, labels: Tensor, classes: int) -> Tensor:
     """IB = I(x~; x) - I(x~; y): phi of merged features [n, A], of inputs [n, B], labels [n] -> scalar."""
-    return ib_from_joints(
-        joint_with_inputs(phi_merged, phi_input), joint_with_labels(phi_merged, labels, classes)
-    )
+    return ib_from_joints(joint_with_inputs(phi_merged, phi_input), joint_with_labels(phi_merged, labels, classes))
 
 
-def ib_bound(
-    phi_merged: Tensor, phi_input: Tensor, labels: Tensor, q: Tensor, *, conditional: bool = False
-) -> Tensor:
+def ib_bound(phi_merged: Tensor, phi_input: Tensor, labels: Tensor, q: Tensor, *, conditional: bool = False) -> Tensor:
     """Variational upper bound of the IB loss -> scalar.
 
     phi_merged [n, A], phi_input [n, B], labels [n], q [A, classes] any distribution of clusters by class.

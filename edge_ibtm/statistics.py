@@ -121,9 +121,7 @@ def fit_clusters(
     counts.index_add_(1, labels, soft_assign(unit, centroids, beta).T)
     seen = torch.bincount(labels, minlength=classes).to(unit)
     counts, seen = reduce(counts), reduce(seen)
-    return Clusters(
-        centroids.float(), normalize_counts(counts).float(), (seen / seen.sum().clamp_min(1)).float(), beta
-    )
+    return Clusters(centroids.float(), normalize_counts(counts).float(), (seen / seen.sum().clamp_min(1)).float(), beta)
 
 
 @dataclass
