@@ -148,7 +148,7 @@ class Run:
         log = MetricsLog(self.folder if main else None, self.history.steps, self.config.tensorboard)
         try:
             if self.config.epochs == 0:
-                self.refresh(0.0)
+                self.refresh()
             while not self.finished:
                 if self.step == 0:
                     self._begin_epoch()
@@ -175,9 +175,14 @@ class Run:
         if self.merge is not None and 0 < self.config.unmerged_epochs == self.epoch:
             self._merge_now()
         self.sums = {}
-        self.refresh(self.epoch / self.config.epochs)
+        self.refresh()
 
-    def refresh(self, done: float) -> None:
+    def _ib_is_on(self) -> bool:
+        """Whether the share `ib_start` of the epochs is done (in a run of one epoch this comes in its middle)."""
+        done = self.epoch * self.plan.steps + self.step
+        return bool(self.config.lambda_ib) and done >= self.config.ib_start * self.config.epochs * self.plan.steps
+
+    def refresh(self) -> None:
         """Fit the mask modules' buffers, and the loss's clusters once it is on, to the weights of this moment."""
         from edge_ibtm.statistics_sites import last_features, refresh_mask_buffers
 
@@ -188,7 +193,7 @@ class Run:
             return sample_batches(self.train_data, small, config.statistics_images, config.seed)
 
         refresh_mask_buffers(self.raw, batches(), self.accelerator, config.ib_clusters)
-        if config.lambda_ib and done >= config.ib_start:
+        if config.epochs and self._ib_is_on():
             features, labels = last_features(self.raw, batches())
             self.clusters = fit_clusters(
                 features,
@@ -211,6 +216,8 @@ class Run:
             if len(micro) < config.accumulate:  # a stream shorter than it said
                 self.step = plan.steps
                 break
+            if self.clusters is None and self._ib_is_on():
+                self.refresh()
             lr = self.optimizer_step(micro)
             self.step += 1
             self.history.steps += 1

@@ -100,6 +100,13 @@ def test_every_option_trains_and_leaves_the_model_as_it_was_built(
         assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_the_ib_loss_comes_on_after_its_share_of_a_single_epoch() -> None:
+    config = replace(CPU, epochs=1, batch_size=8, lambda_ib=0.1, ib_start=0.5)
+    half = finetune(tiny_vit(), coloured(), None, config).epochs[0].losses
+    whole = finetune(tiny_vit(), coloured(), None, replace(config, ib_start=0.0)).epochs[0].losses
+    assert 0.25 * whole["ib_bound"] < half["ib_bound"] < 0.75 * whole["ib_bound"]  # sums over 4 and over 8 steps
+
+
 def test_accumulation_equals_one_large_batch() -> None:
     data, models = coloured(), [tiny_vit(), tiny_vit()]
     for model, accumulate in zip(models, (1, 4)):
