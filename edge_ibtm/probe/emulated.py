@@ -19,13 +19,11 @@ from typing import Any
 
 from edge_ibtm import runner
 from edge_ibtm.errors import DeviceError, UsageError
-from edge_ibtm.probe.host import Execution, run_files, sha256_of
-from edge_ibtm.probe.raw import parity_of, read_outputs, write_inputs
+from edge_ibtm.probe.host import run_files, sha256_of
+from edge_ibtm.probe.parity import judge
+from edge_ibtm.probe.raw import read_outputs, write_inputs
 from edge_ibtm.probe.runner_json import parse_report
-from edge_ibtm.probe.schema import Device, Emulated, Parity
-
-FLOAT_LIMIT = 1e-4
-INT8_SQNR_DB = 40.0
+from edge_ibtm.probe.schema import Device, Emulated
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def verify_aarch64(
         guest = _Guest(qemu, bundle, options, Path(work), path, write_inputs(here.inputs, Path(work)))
         outputs = guest.run(1).outputs
         instructions, note = _count(guest) if options.count else (None, ())
-    parity, explained = _judge(outputs, here, expected)
+    parity, explained = judge(outputs, here, expected)
     return Emulated(
         model=path.stem,
         file=str(path),
@@ -157,39 +155,6 @@ def build_plugin(folder: Path) -> tuple[Path | None, str]:
     if done.returncode != 0:
         return None, f"the QEMU plugin does not compile: {done.stderr.strip().splitlines()[-1]}"
     return library, ""
-
-
-def _judge(outputs: list[Any], here: Execution, expected: Sequence[Any] | None) -> tuple[Parity, tuple[str, ...]]:
-    """Parity with this machine's runtime, and with eager when its outputs are given."""
-    scale = max(1.0, *(float(o.abs().max()) for o in here.outputs))
-    limit = FLOAT_LIMIT * scale
-    parity = parity_of(outputs, here.outputs, "the same file in this machine's runtime", limit)
-    notes: tuple[str, ...] = ()
-    if here.quantized and not parity.identical:
-        near = (parity.sqnr_db or 0.0) >= INT8_SQNR_DB
-        parity = parity.model_copy(update={"ok": near, "limit": f"identical, or SQNR >= {INT8_SQNR_DB:g} dB"})
-        notes = (_explain(outputs, here.outputs, parity),)
-    if expected is None:
-        return parity, notes
-    eager = parity_of(outputs, list(expected), "eager outputs", limit)
-    notes += (f"against eager: max abs difference {eager.max_abs:.3g}, {_db(eager)}",)
-    if here.quantized:
-        return parity, (*notes, "quantized: the distance to eager is the quantizer's, no gate here")
-    return parity.model_copy(update={"ok": parity.ok and eager.ok}), notes
-
-
-def _db(parity: Parity) -> str:
-    return "identical" if parity.sqnr_db is None else f"SQNR {parity.sqnr_db:.1f} dB"
-
-
-def _explain(outputs: list[Any], reference: list[Any], parity: Parity) -> str:
-    different = sum(int((a != b).sum()) for a, b in zip(outputs, reference, strict=True))
-    total = sum(o.numel() for o in outputs)
-    return (
-        f"int8: {different} of {total} outputs differ from x86 by at most {parity.max_abs:.3g} ({_db(parity)}). "
-        "Integer kernels are exact on both; the floating-point operators between them (softmax, layer norm, bmm) "
-        "round their last bit differently, and a value next to a rounding boundary moves by one quantization step"
-    )
 
 
 def _device(qemu: str, options: EmulationOptions, bundle: runner.Bundle) -> Device:

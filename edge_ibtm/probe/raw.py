@@ -1,14 +1,12 @@
-"""Tensors as raw files, the way the runner reads and writes them, and how near two sets of outputs are."""
+"""Tensors as raw files, the way the runner reads and writes them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_ibtm.errors import DeviceError, UsageError
-from edge_ibtm.probe.schema import Parity
+from edge_ibtm.errors import DeviceError
 
 _DTYPES = {
     "Byte": "uint8",
@@ -53,29 +51,3 @@ def read_outputs(path: Path, described: Sequence[dict[str, Any]]) -> list[Any]:
         tensors.append(flat.reshape([int(size) for size in one["shape"]]))
         start += one["nbytes"]
     return tensors
-
-
-def parity_of(outputs: Sequence[Any], reference: Sequence[Any], name: str, limit: float) -> Parity:
-    """Outputs against a reference, all tensors together; ok when no value differs by more than `limit`."""
-    if [tuple(o.shape) for o in outputs] != [tuple(r.shape) for r in reference]:
-        shapes = [[tuple(t.shape) for t in side] for side in (outputs, reference)]
-        raise UsageError(f"outputs have shapes {shapes[0]}, {name} {shapes[1]}; is it the same model and batch?")
-    signal = noise = max_abs = 0.0
-    identical = True
-    for mine, theirs in zip(outputs, reference, strict=True):
-        a, b = mine.detach().double(), theirs.detach().double()
-        signal += float(b.square().sum())
-        noise += float((a - b).square().sum())
-        max_abs = max(max_abs, float((a - b).abs().max())) if a.numel() else max_abs
-        identical = identical and bool((a == b).all())
-    if not math.isfinite(noise):
-        raise DeviceError(f"outputs hold NaN or infinity where {name} does not; the kernels on this device are wrong")
-    sqnr = None if noise == 0 else 10 * math.log10(signal / noise) if signal else 0.0
-    return Parity(
-        reference=name,
-        max_abs=max_abs,
-        sqnr_db=sqnr,
-        identical=identical,
-        ok=max_abs <= limit,
-        limit=f"max abs difference <= {limit:.3g}",
-    )
