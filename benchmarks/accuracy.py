@@ -4,6 +4,7 @@
     python benchmarks/accuracy.py base --model mobilevit_xxs --images 20000
     python benchmarks/accuracy.py run --experiment b --minutes 30     # fine-tuned MobileViT-XXS and EfficientViT-B0
     python benchmarks/accuracy.py list --experiment b
+    python benchmarks/accuracy.py step                                 # cost of a training step, merged against base
     python benchmarks/accuracy.py report                               # docs/RESULTS.md from the JSON
 
 Cells are kept under benchmarks/results/accuracy; a cell that is there is not run again.
@@ -46,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     base.add_argument("--images", type=int, default=20_000)
     base.add_argument("--epochs", type=int, default=1)
     base.add_argument("--minutes", type=float, default=1e6)
+    step = commands.add_parser("step", help="cost of a training step of the merged model against the base's")
+    step.add_argument("--model", default="mobilevit_s")
+    step.add_argument("--keep-ratio", type=float, default=0.7)
+    step.add_argument("--batch", type=int, default=8)
+    step.add_argument("--rounds", type=int, default=20)
     report = commands.add_parser("report", help="write docs/RESULTS.md from the kept cells")
     report.add_argument("--to", type=Path, default=Path(__file__).parent.parent / "docs" / "RESULTS.md")
     return main
@@ -108,6 +114,10 @@ def main() -> int:
                 print(train_base(args.model, args.images, args.epochs, time.monotonic() + 60 * args.minutes))
             except TimeUp:
                 print("time is up; the same command continues")
+        elif args.command == "step":
+            from accuracy_step import measure
+
+            print(measure(args.model, args.keep_ratio, args.batch, args.rounds))
         else:
             from accuracy_report import write_report
 

