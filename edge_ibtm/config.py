@@ -27,14 +27,14 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which backbone, and where its weights come from."""
 
-    name: str = Field("mobilevit_s", description="timm name of the backbone")
+    name: str = Field(default="mobilevit_s", description="timm name of the backbone")
     weights: str | None = Field(
-        None, description="null: train the base on the data; 'pretrained': timm's hub; else a .safetensors or .pth file"
+        default=None, description="null: train the base on the data; 'pretrained': timm's hub; else a .safetensors or .pth file"
     )
-    img_size: Positive | None = Field(None, description="side of the input in pixels; null: the backbone's own")
-    num_classes: Positive | None = Field(None, description="null: as many as the data has; given: must match the data")
+    img_size: Positive | None = Field(default=None, description="side of the input in pixels; null: the backbone's own")
+    num_classes: Positive | None = Field(default=None, description="null: as many as the data has; given: must match the data")
     new_head: bool = Field(
-        False, description="the weights are of another class count: give them a new head and train it for base.epochs"
+        default=False, description="the weights are of another class count: give them a new head and train it for base.epochs"
     )
 
 
@@ -42,31 +42,31 @@ class AugmentSection(Section):
     """Training transforms, named as in timm.data.create_transform."""
 
     hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
-    scale: tuple[float, float] = Field((0.35, 1.0), description="random crop, share of the image's area")
-    ratio: tuple[float, float] = Field((0.75, 4 / 3), description="random crop, width over height")
+    scale: tuple[float, float] = Field(default=(0.35, 1.0), description="random crop, share of the image's area")
+    ratio: tuple[float, float] = Field(default=(0.75, 4 / 3), description="random crop, width over height")
     color_jitter: Weight = 0.0
-    auto_augment: str | None = Field(None, description="RandAugment as timm spells it, e.g. rand-m9-mstd0.5-inc1")
-    re_prob: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="random erasing")
+    auto_augment: str | None = Field(default=None, description="RandAugment as timm spells it, e.g. rand-m9-mstd0.5-inc1")
+    re_prob: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="random erasing")
 
 
 class DataSection(Section):
     """Labelled images, and how they are split."""
 
     source: str | None = Field(
-        None, description="folder, .tar, or torch/..., hfds/..., wds/...; null: the built-in demo set"
+        default=None, description="folder, .tar, or torch/..., hfds/..., wds/...; null: the built-in demo set"
     )
-    root: str | None = Field(None, description="where torch/..., hfds/... and wds/... keep their files")
+    root: str | None = Field(default=None, description="where torch/..., hfds/... and wds/... keep their files")
     train_split: str = "train"
     test_split: str = "validation"
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="held out when there is no test split")
-    train_images: Positive | None = Field(None, description="at most so many training images; null: all")
-    calibration_images: Positive = Field(64, description="set apart from the training images for quantization")
-    test_images: Positive | None = Field(None, description="at most so many held-out images; null: all")
-    class_map: str | None = Field(None, description="file of class names in label order, as timm reads it")
-    download: bool = Field(False, description="let timm download the data set where it can")
-    workers: NonNegative = Field(0, description="loader processes")
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="held out when there is no test split")
+    train_images: Positive | None = Field(default=None, description="at most so many training images; null: all")
+    calibration_images: Positive = Field(default=64, description="set apart from the training images for quantization")
+    test_images: Positive | None = Field(default=None, description="at most so many held-out images; null: all")
+    class_map: str | None = Field(default=None, description="file of class names in label order, as timm reads it")
+    download: bool = Field(default=False, description="let timm download the data set where it can")
+    workers: NonNegative = Field(default=0, description="loader processes")
     check: Literal["auto", "all", "none"] = Field(
-        "auto", description="decode every image before training; auto: when there are 20,000 or fewer"
+        default="auto", description="decode every image before training; auto: when there are 20,000 or fewer"
     )
     augment: AugmentSection = AugmentSection()
 
@@ -82,14 +82,14 @@ class TrainSection(Section):
     batch_size: Positive = 32
     mixup: Weight = 0.0
     cutmix: Weight = 0.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the weight average; 0: none")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="decay of the weight average; 0: none")
     min_lr: Weight = 1e-6
-    layer_decay: Ratio | None = Field(None, description="layer-wise learning rate decay")
+    layer_decay: Ratio | None = Field(default=None, description="layer-wise learning rate decay")
     clip_grad: Weight = 1.0
-    accumulate: Positive = Field(1, description="micro-batches of one optimizer step")
+    accumulate: Positive = Field(default=1, description="micro-batches of one optimizer step")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    max_steps: Positive | None = Field(None, description="stop after so many optimizer steps in all")
-    checkpoint_seconds: Weight = Field(15.0, description="at most so long between checkpoints; 0: at every step")
+    max_steps: Positive | None = Field(default=None, description="stop after so many optimizer steps in all")
+    checkpoint_seconds: Weight = Field(default=15.0, description="at most so long between checkpoints; 0: at every step")
 
 
 class BaseSection(TrainSection):
@@ -102,19 +102,19 @@ class FinetuneSection(TrainSection):
     """Fine-tuning of the merged model."""
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    distill: Weight = Field(0.0, description="weight of the distillation loss from the unmerged base")
+    distill: Weight = Field(default=0.0, description="weight of the distillation loss from the unmerged base")
     distill_temperature: Annotated[float, Field(gt=0)] = 1.0
-    lambda_ib: Weight = Field(0.1, description="weight of the information bottleneck bound")
-    ib_start: Annotated[float, Field(ge=0, le=1)] = Field(0.3, description="share of the epochs before lambda_ib is on")
-    ib_conditional: bool = Field(True, description="the conditional bound instead of the paper's")
-    ib_clusters: Positive | None = Field(None, description="null: as many as classes")
-    statistics_images: Positive = Field(2048, description="training images that clusters are fitted on")
+    lambda_ib: Weight = Field(default=0.1, description="weight of the information bottleneck bound")
+    ib_start: Annotated[float, Field(ge=0, le=1)] = Field(default=0.3, description="share of the epochs before lambda_ib is on")
+    ib_conditional: bool = Field(default=True, description="the conditional bound instead of the paper's")
+    ib_clusters: Positive | None = Field(default=None, description="null: as many as classes")
+    statistics_images: Positive = Field(default=2048, description="training images that clusters are fitted on")
 
 
 class MergeSection(Section):
     """Token merging. keep_ratio is tokens kept over tokens entering, the one knob."""
 
-    merger: str = Field("ibtm", description="a name of `edge-ibtm list`")
+    merger: str = Field(default="ibtm", description="a name of `edge-ibtm list`")
     keep_ratio: Ratio = 0.7
     layout: Literal["auto", "grid", "sequence"] = "auto"
     density: Literal["auto", "block", "stage", "once"] = "auto"
@@ -133,10 +133,10 @@ def _all_str(names: Any) -> bool:
 class LowerSection(Section):
     """Artifacts to make."""
 
-    targets: tuple[str, ...] = Field(("xnnpack", "coreml"), description="names of `edge-ibtm list`")
-    base: bool = Field(True, description="lower the unmerged base too, to compare with")
+    targets: tuple[str, ...] = Field(default=("xnnpack", "coreml"), description="names of `edge-ibtm list`")
+    base: bool = Field(default=True, description="lower the unmerged base too, to compare with")
     coreml_precision: Literal["fp16", "fp32", "int8w", "w8a8", "pal4", "pal6"] = "fp16"
-    jobs: Positive | None = Field(None, description="lowerings at a time; null: by cores and free memory")
+    jobs: Positive | None = Field(default=None, description="lowerings at a time; null: by cores and free memory")
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -157,20 +157,20 @@ class LowerSection(Section):
 class VerifySection(Section):
     """Gates. A missed gate is named and the command exits 1."""
 
-    fp32_sqnr_db: float = Field(80.0, description="fp32 artifact against eager")
-    fp16_sqnr_db: float = Field(40.0, description="fp16 Core ML package against eager, where it can be evaluated")
-    int8_sqnr_db: float = Field(28.0, description="int8 artifact against its own converted graph")
+    fp32_sqnr_db: float = Field(default=80.0, description="fp32 artifact against eager")
+    fp16_sqnr_db: float = Field(default=40.0, description="fp16 Core ML package against eager, where it can be evaluated")
+    int8_sqnr_db: float = Field(default=28.0, description="int8 artifact against its own converted graph")
     max_drop: Annotated[float, Field(ge=0, le=100)] = Field(
-        2.0, description="top-1 points that a stage may lose against the previous stage"
+        default=2.0, description="top-1 points that a stage may lose against the previous stage"
     )
-    images: Positive = Field(64, description="held-out images for SQNR and agreement")
+    images: Positive = Field(default=64, description="held-out images for SQNR and agreement")
 
 
 class ProbeSection(Section):
     """Latency on a host or a device."""
 
     device: str = "host"
-    threads: Positive | None = Field(None, description="null: every core")
+    threads: Positive | None = Field(default=None, description="null: every core")
 
 
 class Recipe(Section):
@@ -226,7 +226,7 @@ def known_keys(path: tuple[Any, ...]) -> list[str]:
     """Names of the fields of the section at `path`."""
     section: Any = Recipe
     for part in path:
-        field = section.model_fields.get(part) if isinstance(section, type) else None
+        field = getattr(section, "model_fields", {}).get(part)
         section = field.annotation if field else None
         if section is None:
             return []

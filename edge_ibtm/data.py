@@ -136,12 +136,12 @@ def _transform(view: View, augment: AugmentSection | None) -> Any:
     """timm's transform; augment None: evaluation."""
     from timm.data import create_transform
 
-    common: dict[str, Any] = dict(
-        input_size=(3, view.img_size, view.img_size),
-        mean=view.mean,
-        std=view.std,
-        interpolation=view.interpolation,
-    )
+    common: dict[str, Any] = {
+        "input_size": (3, view.img_size, view.img_size),
+        "mean": view.mean,
+        "std": view.std,
+        "interpolation": view.interpolation,
+    }
     if augment is None:
         return create_transform(**common, is_training=False, crop_pct=view.crop_pct)
     return create_transform(

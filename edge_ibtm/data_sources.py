@@ -114,9 +114,9 @@ def _folder_source(spec: DataSection, root: Path, names: tuple[str, ...] | None 
     """Images in class folders or a tar of them; `names`: the training classes, which the test must share."""
     from timm.data import create_dataset
 
-    class_map: Any = {n: i for i, n in enumerate(names)} if names else spec.class_map
+    class_map: Any = ({n: i for i, n in enumerate(names)} if names else spec.class_map) or ""
     try:
-        dataset = create_dataset("", root=str(root), search_split=False, class_map=class_map or "")
+        dataset = create_dataset("", root=str(root), search_split=False, class_map=class_map)
     except (RuntimeError, AssertionError, ValueError, OSError, KeyError) as err:
         raise UsageError(f"data {str(root)!r}: {_first_line(err)}") from None
     if names:
@@ -141,10 +141,9 @@ def _timm_source(spec: DataSection, split: str, names: tuple[str, ...] | None = 
 
     assert spec.source is not None
     kind = _kind(spec.source)
+    options: dict[str, Any] = {"class_map": spec.class_map}
     try:
-        dataset = create_dataset(
-            spec.source, root=spec.root or ".", split=split, download=spec.download, class_map=spec.class_map
-        )
+        dataset = create_dataset(spec.source, root=spec.root or ".", split=split, download=spec.download, **options)
     except ImportError as err:
         need = _PIP.get(str(kind), err.name or "the package it needs")
         raise UsageError(f"data {spec.source!r} needs a package that is not installed: pip install {need}") from None

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,10 @@ class Run:
         from edge_ibtm.stages_artifact import make_lower
 
         workers = Workers(set())
+
+        def _lower(product: Any, folder: Path) -> dict[str, Any]:
+            return make_lower(self.context, product, folder, workers)
+
         missing = [p for p in self.products if self.cache.find(self._lower_stage(p)) is None]
         count = parallel_jobs(self.recipe.lower.jobs, len(missing))
         if len(missing) > 1:
@@ -152,12 +157,9 @@ class Run:
         pool = ThreadPoolExecutor(count)
         try:
             futures = [
-                pool.submit(
-                    self.stage, f"lower-{p.name}", self._lower_inputs(p),
-                    lambda folder, p=p: make_lower(self.context, p, folder, workers), "lower",
-                )
+                pool.submit(self.stage, f"lower-{p.name}", self._lower_inputs(p), partial(_lower, p), "lower")
                 for p in self.products
-            ]  # fmt: skip
+            ]
             for future in futures:
                 future.result()
         except BaseException:
@@ -175,9 +177,7 @@ class Run:
         context = self.context
         for product in self.products:
             inputs = {"images": self.recipe.verify.images, **self.digest(f"lower-{product.name}", product.stage, "data")}
-            self.stage(
-                f"verify-{product.name}", inputs, lambda f, p=product: make_verify(context, p, f), "verify"
-            )
+            self.stage(f"verify-{product.name}", inputs, partial(make_verify, context, product), "verify")
         found = [p for p in self.products if p.suffix == ".pte" and context.done[f"verify-{p.name}"].record["verified"]]
         if not found:
             self.watch.skipped("probe", "no artifact that this host can run")

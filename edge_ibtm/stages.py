@@ -264,7 +264,8 @@ def _pretrained(spec: ModelSpec) -> nn.Module:
 
     from edge_ibtm.backbones import build_model
 
-    classes = get_pretrained_cfg(spec.name).num_classes
+    cfg = get_pretrained_cfg(spec.name)
+    classes = cfg.num_classes if cfg is not None else spec.num_classes
     if classes != spec.num_classes:
         raise UsageError(
             f"the pretrained {spec.name} has {classes} classes and the data has {spec.num_classes}: give data with the same "
@@ -277,4 +278,6 @@ def _pretrained_state(name: str) -> Mapping[str, Any]:
     from timm.models import get_pretrained_cfg
 
     cfg = get_pretrained_cfg(name)
+    if cfg is None:
+        raise UsageError(f"timm has no pretrained weights of {name!r}; give --weights FILE")
     return _pretrained(ModelSpec(name, cfg.num_classes, cfg.input_size[-1])).state_dict()

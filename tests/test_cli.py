@@ -153,7 +153,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
 def test_checkpoint_of_another_architecture_says_what_differs() -> None:
     model = build(ModelSpec("mobilevit_xxs", 10, 64))
     state = dict(model.state_dict())
-    with pytest.raises(UsageError, match="1 keys missing.*1 keys unexpected"):
+    with pytest.raises(UsageError, match=r"1 keys missing.*1 keys unexpected"):
         load_into(model, {**{k: v for k, v in state.items() if k != "stem.conv.weight"}, "odd": torch.ones(1)}, "f")
     with pytest.raises(UsageError, match=r"1 shapes differ.*stem\.conv\.weight.*\[1\]"):
         load_into(model, {**state, "stem.conv.weight": torch.ones(1)}, "f")

@@ -24,7 +24,7 @@ def test_every_fault_is_reported_with_its_path() -> None:
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.0001, float("nan"), "abc", None])
 def test_keep_ratio_outside_zero_to_one_is_refused(ratio: object) -> None:
-    with pytest.raises(UsageError, match="merge.keep_ratio"):
+    with pytest.raises(UsageError, match=r"merge\.keep_ratio"):
         parse_recipe({"merge": {"keep_ratio": ratio}})
 
 
@@ -33,7 +33,7 @@ def test_keep_ratio_one_is_allowed() -> None:
 
 
 def test_a_base_of_random_weights_is_refused() -> None:
-    with pytest.raises(UsageError, match="base.epochs"):
+    with pytest.raises(UsageError, match=r"base\.epochs"):
         parse_recipe({"base": {"epochs": 0}})
     assert parse_recipe({"base": {"epochs": 0}, "model": {"weights": "x.pth"}}).base.epochs == 0
 
