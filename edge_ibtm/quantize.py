@@ -14,9 +14,9 @@ from torch.fx import Node
 
 from edge_ibtm.errors import UsageError, lookup
 
-# Modules whose arithmetic picks tokens: comparisons are written as clamps of huge numbers there, quantizing them
-# would change which tokens merge.
-FLOAT_MODULES = ("edge_ibtm.mergers", "edge_ibtm.tokens", "edge_ibtm.backbones")
+# Modules whose arithmetic picks tokens or normalises them: comparisons are clamps of huge differences there, and
+# quantizing them would change which tokens merge.
+FLOAT_MODULES = ("edge_ibtm.mergers.", "edge_ibtm.site.", "edge_ibtm.rewrite_norm.")
 HEAVY = {torch.ops.aten.linear.default, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default}
 
 
@@ -43,10 +43,9 @@ def _images(batch: Any) -> torch.Tensor:
 
 def capture_graph(model: nn.Module, example: torch.Tensor) -> torch.fx.GraphModule:
     """The rewritten model as a graph module, its operators not yet decomposed."""
-    from edge_ibtm.rewrite import prepare_for_export
+    from edge_ibtm.rewrite import export_rewritten
 
-    with torch.no_grad():
-        return torch.export.export(prepare_for_export(model), (example,)).module()
+    return export_rewritten(model, (example,)).module()
 
 
 def module_types(node: Node) -> list[str]:
@@ -62,14 +61,17 @@ def module_path(node: Node) -> str:
 
 
 def quantizable(node: Node) -> bool:
-    """Whether a node may be quantized: products with weights anywhere, the rest never inside a merge site."""
-    if node.target in HEAVY:
-        return _has_weight(node)
-    return False
+    """Whether a node may be quantized: convolutions and linear layers with weights of their own, and those weights.
 
-
-def _has_weight(node: Node) -> bool:
-    return isinstance(node.args[1], Node) and node.args[1].op == "get_attr"
+    Never inside a merge site or a norm, and no product with a constant row (one output: a sum or a mean).
+    """
+    if node.op == "get_attr":
+        return True
+    if node.target not in HEAVY or not isinstance(node.args[1], Node) or node.args[1].op != "get_attr":
+        return False
+    if any(t.startswith(FLOAT_MODULES) for t in module_types(node)):
+        return False
+    return node.args[1].meta["val"].shape[0] > 1
 
 
 def quantizer(*, dynamic: bool = False, qat: bool = False, keep: Callable[[Node], bool] = quantizable) -> Any:
