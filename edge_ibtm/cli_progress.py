@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 from edge_ibtm.watch import Watch
 
 _WIDTH = 30
+_SECONDS = 30.0  # between progress lines where there is no terminal to draw bars on
 
 
 class RichWatch(Watch):
@@ -19,6 +21,7 @@ class RichWatch(Watch):
 
         self.console = Console(stderr=True, highlight=False)
         self.tasks: dict[str, Any] = {}
+        self.said: dict[str, float] = {}
         self.lock = threading.Lock()
         self.bars = Progress(
             SpinnerColumn(),
@@ -49,6 +52,7 @@ class RichWatch(Watch):
     def started(self, stage: str, reason: str) -> None:
         """A stage begins, and why it has to run."""
         with self.lock:
+            self.said[stage] = time.monotonic()
             self.tasks[stage] = self.bars.add_task("", total=None, stage=stage, note="")
         self._line("[cyan]>[/cyan]", stage, f"running: {reason}")
 
@@ -56,6 +60,9 @@ class RichWatch(Watch):
         """A stage is `done` of `total` through."""
         if stage in self.tasks:
             self.bars.update(self.tasks[stage], completed=done, total=total, note=note)
+        if not self.console.is_terminal and time.monotonic() - self.said.get(stage, 0.0) > _SECONDS:
+            self.said[stage] = time.monotonic()
+            self._line(" ", stage, f"{100 * done / max(total, 1):.0f} %{': ' + note if note else ''}")
 
     def finished(self, stage: str, seconds: float, note: str = "") -> None:
         """A stage is complete."""

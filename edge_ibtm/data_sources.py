@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,15 +145,36 @@ def _timm_source(spec: DataSection, split: str, names: tuple[str, ...] | None = 
     options: dict[str, Any] = {"class_map": spec.class_map}
     try:
         dataset = create_dataset(spec.source, root=spec.root or ".", split=split, download=spec.download, **options)
-    except ImportError as err:
-        need = _PIP.get(str(kind), err.name or "the package it needs")
-        raise UsageError(f"data {spec.source!r} needs a package that is not installed: pip install {need}") from None
     except Exception as err:  # every reader raises its own; the message is what the user needs
+        if isinstance(err, ImportError) or "please install" in str(err).lower():
+            need = _PIP.get(str(kind), "the package it names")
+            raise UsageError(f"data {spec.source!r} needs a package that is not installed: pip install {need}") from None
         hint = "" if spec.download else "; set data.root, or data.download=true where timm can fetch it"
         raise UsageError(f"data {spec.source!r}, split {split!r}: {_first_line(err)}{hint}") from None
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise UsageError(f"data {spec.source!r} is a stream; compress needs images it can index (folder, tar, hfds/)")
+    if kind in ("wds", "tfds", "hfids"):
+        limit = (spec.train_images or 0) + spec.calibration_images if split == spec.train_split else spec.test_images
+        return _stream_source(dataset, spec.source, spec.train_images and limit, names)
     return _wrap(dataset, names or _class_names(dataset), spec.source)
+
+
+def _stream_source(dataset: Any, name: str, limit: int | None, names: tuple[str, ...] | None) -> Source:
+    """The first `limit` images of a stream (WebDataset and the like), held in memory, since splits need an index."""
+    if not limit:
+        raise UsageError(
+            f"data {name!r} is a stream: say how many images to hold in memory with data.train_images=N data.test_images=M"
+        )
+    held = []
+    try:
+        for image, label in islice(iter(dataset), limit):
+            held.append((image.convert("RGB"), int(label)))
+    except (OSError, SyntaxError, ValueError) as err:
+        raise UsageError(f"image {len(held)} of {name} cannot be read ({_first_line(err)}): repair or remove it") from None
+    if not held:
+        raise UsageError(f"data {name!r} gave no image; check its path and its splits (data.train_split, data.test_split)")
+    found = names or tuple(str(i) for i in range(1 + max(label for _, label in held)))
+    if len(found) < 2:
+        raise UsageError(f"data {name!r} has 1 class among its first {len(held)} images")
+    return Source(len(held), found, held.__getitem__, lambda i: f"{name}[{i}]")
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:

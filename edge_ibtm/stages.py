@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edge_ibtm.cache import Entry
 from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, load_into, read_state, save_state
 from edge_ibtm.config import Recipe, TrainSection
-from edge_ibtm.errors import UsageError, lookup, suggest
+from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup, suggest
 from edge_ibtm.watch import Watch
 
 if TYPE_CHECKING:
@@ -167,8 +167,13 @@ def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
     scheme, data = context.recipe.quantize.scheme, context.data
     images = [data.calibration[i][0][None] for i in range(len(data.calibration))]
     converted = quantize(context.model("finetune"), images, scheme=scheme)
-    with temporary_name(folder / CONVERTED) as name:
-        torch.export.save(torch.export.export(converted, (images[0],)), name)
+    program = torch.export.export(converted, (images[0],))
+    try:
+        with temporary_name(folder / CONVERTED) as name:
+            torch.export.save(program, name)
+    except RuntimeError as err:  # torch's own writer on a full disk
+        reason = (str(err).splitlines() or ["?"])[0]
+        raise EdgeIBTMError(f"cannot write {folder / CONVERTED}: {reason}; free space or choose another --out") from None
     correct, count = count_correct(_pieces(converted), data, report=context.reporter("quantize"))
     return {"scheme": scheme, "calibration_images": len(images), "top1": 100 * correct / count, "images": count}
 

@@ -124,3 +124,19 @@ def test_training_images_are_augmented_and_test_images_are_not() -> None:
     data = load_data(None, VIEW)
     assert torch.equal(data.test[0][0], data.test[0][0])
     assert any(not torch.equal(data.train[0][0], data.train[0][0]) for _ in range(5))
+
+
+def test_stream_is_held_in_memory_up_to_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm.data
+
+    def stream(name: str, **options: object) -> object:
+        base = 0 if options["split"] == "train" else 100
+        return ((Image.new("RGB", (8, 8), (base + i, 0, 0)), i % 3) for i in range(60))
+
+    monkeypatch.setattr(timm.data, "create_dataset", stream)
+    with pytest.raises(UsageError, match="train_images=N"):
+        load_data(small("wds/somewhere"), VIEW)
+    data = load_data(small("wds/somewhere", train_images=10, test_images=5), VIEW)
+    assert (len(data.train), len(data.calibration), len(data.test), data.num_classes) == (10, 2, 5, 3)
+    reds = {data.test.source.read(i)[0].getpixel((0, 0))[0] for i in data.test.indices}
+    assert reds <= set(range(100, 105))
