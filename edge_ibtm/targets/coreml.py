@@ -146,6 +146,9 @@ def _with_normalisation(model: nn.Module, normalised: tuple[list[float], list[fl
     from torch import nn
 
     class BytesIn(nn.Module):
+        scale: torch.Tensor
+        bias: torch.Tensor
+
         def __init__(self, body: nn.Module, mean: list[float], std: list[float]) -> None:
             super().__init__()
             self.body = body

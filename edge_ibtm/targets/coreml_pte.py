@@ -48,7 +48,8 @@ def lower_coreml_pte(
     except Exception as error:
         raise EdgeIBTMError(f"lowering to a Core ML .pte failed: {first_line(error)}") from error
     write_program(lowered, path)
-    return Artifact(path, "coreml_pte", size_of(path), *counts[:3], sha256_of(path), counts[3])
+    subgraphs, delegated, left, left_out = counts
+    return Artifact(path, "coreml_pte", size_of(path), subgraphs, delegated, left, sha256_of(path), left_out)
 
 
 def _compile_specs(ct: Any, precision: str, deployment: str) -> list[Any]:
@@ -60,7 +61,9 @@ def _compile_specs(ct: Any, precision: str, deployment: str) -> list[Any]:
     )
 
 
-def _lowered(model: nn.Module, inputs: tuple[torch.Tensor, ...], specs: list[Any]) -> tuple[Any, Any]:
+def _lowered(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], specs: list[Any]
+) -> tuple[Any, tuple[int, int, int, dict[str, int]]]:
     """(ExecuTorch program, delegation counts)."""
     import torch
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
