@@ -159,6 +159,7 @@ class TestFaults:
         with pytest.raises(ConnectionLost, match="did not come back within 1 s.*run the same command again"):
             probe_android([files.portable], None, options(phone, bundle, loop=slow, reconnect_seconds=1))
         phone.faults.on_shell, phone.faults.refuse = None, False
+        subprocess.run([ADB, "disconnect", phone.serial], capture_output=True, timeout=30)
         connect(phone)
         run = probe_android([files.portable], None, options(phone, bundle, loop=replace(slow, samples=300)))
         assert "going on after" in capsys.readouterr().err

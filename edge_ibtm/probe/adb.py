@@ -110,7 +110,8 @@ class Adb:
         if done.returncode == 0:
             return
         said = (done.stderr + done.stdout).strip()
-        last = said.splitlines()[-1] if said else f"exit code {done.returncode}"
+        telling = [line for line in said.splitlines() if "error" in line or "failed" in line] or said.splitlines()
+        last = telling[-1] if telling else f"exit code {done.returncode}"
         if _LOST.search(said):
             raise self._lost(said, f"{verb} {Path(source).name}")
         raise _refusal(f"adb {verb} of {Path(source).name} failed: {last}", said)

@@ -42,11 +42,11 @@ class Store:
     def place_bundle(self, bundle: runner.Bundle) -> str:
         """Have the runner on the phone; the remote path of its start script."""
         folder = self._remote(f"runner-{bundle.source_sha256[:12]}")
+        self.held.append(folder)
         self.adb.shell(f"mkdir -p {shlex.quote(folder)}")
         self._send({f"{folder}/{name}": bundle.folder / name for name in bundle.files})
         programs = [n for n in ("run.sh", runner.PROGRAM, runner.LOADER) if n in bundle.files]
         self.adb.shell("chmod 755 " + " ".join(shlex.quote(f"{folder}/{name}") for name in programs))
-        self.held.append(folder)
         return f"{folder}/run.sh"
 
     def _remote(self, name: str) -> str:
@@ -75,9 +75,10 @@ class Store:
         """SHA-256 of those that exist; empty on a phone without sha256sum (before Android 8)."""
         if not remotes:
             return {}
-        names = " ".join(shlex.quote(remote) for remote in remotes)
-        found = self.adb.shell(f"sha256sum {names} 2>/dev/null", check=False)
-        return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})\s+\*?(.+)$", found, re.MULTILINE)}
+        names = " ".join(shlex.quote(remote.removeprefix(self.root + "/")) for remote in remotes)
+        found = self.adb.shell(f"cd {shlex.quote(self.root)} && sha256sum {names} 2>/dev/null", check=False)
+        rows = re.findall(r"^([0-9a-f]{64})\s+\*?(.+)$", found, re.MULTILINE)
+        return {self._remote(name): digest for digest, name in rows}
 
     def clean(self, keep: bool, extra: list[str]) -> None:
         """Remove `extra`, and everything held unless `keep`; the folder itself when it is empty."""
