@@ -71,8 +71,12 @@ def insert_mergers(
 def _insert(model: nn.Module, family: Family, settings: Settings) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     family.insert(model, settings)
-    for site in sites_of(model).values():
+    attention, groups = bool(family.attention(model)), set()
+    for path, site in sites_of(model).items():
+        group = path.rpartition(".")[0]
+        site.merger.settle(first=group not in groups, attention=attention)
         site.to(device).train(model.training)
+        groups.add(group)
 
 
 def remove_mergers(model: nn.Module) -> nn.Module:

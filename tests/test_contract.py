@@ -64,7 +64,8 @@ def test_contract(family: str, merger: str, layout: str, density: str) -> None:
         assert torch.allclose(model(images[1:2]), output[1:2], atol=1e-4 * scale, rtol=0)
         assert torch.allclose(model(images.flip(0)), output.flip(0), atol=1e-4 * scale, rtol=0)
         _check_traces(model, images, merger)
-        again = edge_ibtm.insert_mergers(copy.deepcopy(model), merger=merger, keep_ratio=ratio, layout=layout, density=density)  # type: ignore[arg-type]  # noqa: E501  # fmt: skip
+        options = {"merger": merger, "keep_ratio": ratio, "layout": layout, "density": density}
+        again = edge_ibtm.insert_mergers(copy.deepcopy(model), **options)  # type: ignore[arg-type]
         assert list(again.state_dict()) == list(model.state_dict())
         edge_ibtm.remove_mergers(model)
         state = base.state_dict()
@@ -77,7 +78,8 @@ def _check_traces(model: nn.Module, images: torch.Tensor, merger: str) -> None:
         tokens = trace.assignment.shape[2]
         columns = trace.assignment.sum(1)
         if merger in PRUNERS:
-            assert (columns <= 1).all() and (trace.sizes.sum(1) <= tokens).all()
+            assert (columns <= 1).all()
+            assert not density_keeps_size(model) or (trace.sizes.sum(1) <= tokens).all()
         else:
             assert torch.equal(columns, torch.ones_like(columns))
             if density_keeps_size(model):
@@ -89,7 +91,7 @@ def _check_traces(model: nn.Module, images: torch.Tensor, merger: str) -> None:
 
 def density_keeps_size(model: nn.Module) -> bool:
     """Sizes of a site count original tokens, so they sum to its own N only where no site came before it."""
-    return len(sites_of(model)) == 1 or not family_of(model).name == "vit"
+    return len(sites_of(model)) == 1 or family_of(model).name != "vit"
 
 
 @pytest.mark.parametrize(("family", "merger"), sorted({(f, m) for f, m, *_ in cases()}))
@@ -104,7 +106,7 @@ def test_gradients_reach_every_learned_parameter(family: str, merger: str) -> No
         for site in sites_of(model).values():
             for name, buffer in site.named_buffers():
                 if name.endswith(("centroids", "step")):
-                    buffer.normal_()
+                    buffer.normal_(std=0.1)
     model(torch.randn(2, 3, side, side)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

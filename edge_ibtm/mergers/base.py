@@ -59,6 +59,12 @@ class Merger(nn.Module):
         """Fill weight, penalty, importance and logits of a site's tokens; by default all tokens count alike."""
         return tokens
 
+    def settle(self, *, first: bool, attention: bool) -> None:
+        """Drop the parameters that this place leaves without use, so that every learned one has a gradient.
+
+        first: no site before it hands on a mask; attention: the site can read its block's attention.
+        """
+
     def route(self, tokens: Tokens, keep: int) -> Route:
         """Where the tokens of each line go, `keep` of them being left."""
         raise NotImplementedError

@@ -45,6 +45,10 @@ class Chain(Merger):
         self.layouts = tuple(x for x in first.layouts if x in second.layouts)  # type: ignore[misc]
         self.needs = first.needs + second.needs  # type: ignore[misc]
 
+    def settle(self, *, first: bool, attention: bool) -> None:
+        self.first.settle(first=first, attention=attention)
+        self.second.settle(first=first, attention=attention)
+
     def prepare(self, tokens: Tokens) -> Tokens:
         return self.second.prepare(self.first.prepare(tokens))
 
@@ -67,7 +71,11 @@ class LTMP(Merger):
     def __init__(self, dim: int, classes: int = 0) -> None:
         super().__init__(dim, classes)
         self.merge_threshold = nn.Parameter(torch.tensor(0.9))
-        self.prune_threshold = nn.Parameter(torch.tensor(0.0))
+        self.prune_threshold: nn.Parameter | None = nn.Parameter(torch.tensor(0.0))
+
+    def settle(self, *, first: bool, attention: bool) -> None:
+        if not attention:
+            self.prune_threshold = None
 
     def prepare(self, tokens: Tokens) -> Tokens:
         if tokens.received_attention is None:

@@ -95,17 +95,22 @@ class IBTM(Merger):
         super().__init__(dim, classes)
         self.soft_weights = soft_weights
         self.information = IBStep(dim, max(classes, 2))
-        self.first_logits = nn.Linear(dim, 1)
+        self.first_logits: nn.Linear | None = nn.Linear(dim, 1)
         nn.init.zeros_(self.first_logits.weight)
         nn.init.zeros_(self.first_logits.bias)
         self.log_lambda = nn.Parameter(torch.tensor(math.log(0.1)))
         self.threshold = nn.Parameter(torch.tensor(0.9))
 
+    def settle(self, *, first: bool, attention: bool) -> None:
+        if not first:
+            self.first_logits = None
+
     def prepare(self, tokens: Tokens) -> Tokens:
         normed = self.information.norm(tokens.z)
         logits = tokens.logits
         if logits is None:
-            logits = self.first_logits(normed).reshape(normed.shape[:2])
+            first = self.first_logits
+            logits = tokens.size * 0.0 if first is None else first(normed).reshape(normed.shape[:2])
         logits = self.information(normed, logits, tokens.size)
         mask = torch.sigmoid(logits)
         weight = mask.clamp_min(1e-4) if self.soft_weights else None
