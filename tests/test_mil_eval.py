@@ -290,7 +290,8 @@ def test_unknown_operations_are_all_named(tmp_path: Any) -> None:
 
 def test_own_classifier_equals_coremltools(tmp_path: Any) -> None:
     """The `classify` operation that edge_ibtm writes is the one coremltools writes."""
-    from edge_ibtm.targets.coreml_package import PackageText, add_classifier, open_package, operations, save_package
+    from edge_ibtm.targets.coreml_classify import add_classifier
+    from edge_ibtm.targets.coreml_package import PackageText, open_package, operations, save_package
 
     def scores(x: Any) -> Any:
         return mb.softmax(x=mb.reduce_mean(x=x, axes=[2, 3], keep_dims=False), axis=-1, name="probabilities")

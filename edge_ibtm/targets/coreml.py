@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup
 from edge_ibtm.targets.common import check_example, first_line
+from edge_ibtm.targets.coreml_classify import LOGITS
 from edge_ibtm.targets.coreml_compress import compress
 from edge_ibtm.targets.coreml_package import (
     IMAGE,
-    LOGITS,
     TENSOR,
     PackageText,
     artifact_of,

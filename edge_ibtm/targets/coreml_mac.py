@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import DeviceError
-from edge_ibtm.targets.coreml_package import LOGITS, class_labels, image_tensor, open_package
+from edge_ibtm.targets.coreml_classify import LOGITS
+from edge_ibtm.targets.coreml_package import class_labels, image_tensor, open_package
 from edge_ibtm.targets.coreml_tools import quiet_coremltools
 
 if TYPE_CHECKING:
