@@ -58,6 +58,11 @@ def run(settings: Settings) -> ProbeRun:
     example = _example(settings)
     if settings.device.partition(":")[0] == "android":
         return _probe_phone(settings, example, options)
+    if settings.device.partition(":")[0] in ("mac", "ios"):
+        from edge_ibtm.probe.apple import probe_apple
+
+        given = None if example is None else [(example,)] * len(settings.files)
+        return probe_apple(settings.files, given, settings.device, options, app=settings.runner)
     from edge_ibtm.probe import probe_many
 
     return probe_many(settings.files, example, threads=settings.threads, device=settings.device, options=options)

@@ -25,6 +25,7 @@ from typing import IO
 CNXN, OPEN, OKAY, WRTE, CLSE, AUTH = (
     int.from_bytes(word, "little") for word in (b"CNXN", b"OPEN", b"OKAY", b"WRTE", b"CLSE", b"AUTH")
 )
+PUBLIC_KEY = 3
 MAX_PAYLOAD = 256 * 1024
 ROOTED = ("/data/local/tmp", "/sys/")
 
@@ -190,7 +191,7 @@ class _Connection:
     def _message(self, command: int, first: int, second: int, data: bytes) -> None:
         if command == CNXN:
             self._greet(second)
-        elif command == AUTH:
+        elif command == AUTH and first != PUBLIC_KEY:
             self.send(AUTH, 1, 0, bytes(20))
         elif command == OPEN:
             self.opened += 1

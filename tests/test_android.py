@@ -21,7 +21,7 @@ from phone_models import Tiny, tiny
 from edge_ibtm import runner
 from edge_ibtm.errors import DeviceError, UsageError
 from edge_ibtm.probe import ProbeOptions, android, host
-from edge_ibtm.probe.adb import Adb, ConnectionLost, choose_device
+from edge_ibtm.probe.adb import Adb, ConnectionLost, choose_device, list_devices
 from edge_ibtm.probe.android import AndroidOptions, probe_android
 from edge_ibtm.probe.phone import Condition, Phone, choose_cores, read_condition, read_phone, wait_until_cool
 
@@ -270,20 +270,21 @@ def test_no_phone_and_two_phones(tmp_path: Path, phone: FakePhone) -> None:
         choose_device(None)
 
 
-def test_unauthorized_and_offline(tmp_path: Path) -> None:
-    for name, faults, says in (
-        ("locked", Faults(unauthorized=True), "is unauthorized: unlock it and allow USB debugging"),
-        ("deaf", Faults(silent=True), "is offline: unplug it"),
-    ):
-        phone = FakePhone(tmp_path / name, faults=faults)
-        thread = threading.Thread(target=connect, args=(phone,), daemon=True)
-        thread.start()
-        states = lambda serial: subprocess.run([ADB, "devices"], capture_output=True, text=True).stdout.count(serial)  # noqa: E731
-        wait_for(lambda: states(phone.serial) > 0, 20)
-        with pytest.raises(DeviceError, match=says):
-            choose_device(phone.serial)
-        subprocess.run([ADB, "disconnect", phone.serial], capture_output=True)
-        phone.close()
+@pytest.mark.parametrize(
+    ("faults", "state", "says"),
+    [
+        (Faults(unauthorized=True), "unauthorized", "is unauthorized: unlock it and allow USB debugging"),
+        (Faults(silent=True), "offline", "is offline: unplug it"),
+    ],
+)
+def test_unauthorized_and_offline(tmp_path: Path, faults: Faults, state: str, says: str) -> None:
+    phone = FakePhone(tmp_path / "phone", faults=faults)
+    threading.Thread(target=connect, args=(phone,), daemon=True).start()
+    wait_for(lambda: list_devices(ADB).get(phone.serial) == state, 20)
+    with pytest.raises(DeviceError, match=says):
+        choose_device(phone.serial)
+    subprocess.run([ADB, "disconnect", phone.serial], capture_output=True)
+    phone.close()
 
 
 def test_adb_missing(monkeypatch: pytest.MonkeyPatch) -> None:

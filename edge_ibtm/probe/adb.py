@@ -185,6 +185,7 @@ def choose_device(serial: str | None, *, reconnect_seconds: float = 60.0) -> Adb
 def _advice(serial: str, state: str) -> str:
     advice = {
         "unauthorized": "unlock it and allow USB debugging from this computer, then run the command again",
+        "authorizing": "unlock it and allow USB debugging from this computer, then run the command again",
         "offline": "unplug it and plug it in again, or run `adb reconnect offline`",
         "recovery": "start it normally",
         "no permissions": "add a udev rule for it: apt install android-sdk-platform-tools-common",

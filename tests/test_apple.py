@@ -1,0 +1,112 @@
+"""The Apple driver: command lines and parsing, against outputs in the formats that Xcode publishes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edge_ibtm.errors import DeviceError, UsageError
+from edge_ibtm.probe import ProbeOptions, apple, probe
+
+DEVICES = {
+    "info": {"outcome": "success", "version": "397.21"},
+    "result": {
+        "devices": [
+            {
+                "identifier": "AAAA-1",
+                "connectionProperties": {"pairingState": "paired", "tunnelState": "connected"},
+                "deviceProperties": {"name": "Ada's iPhone", "osVersionNumber": "17.4", "developerModeStatus": "enabled"},
+                "hardwareProperties": {"marketingName": "iPhone 15 Pro", "productType": "iPhone16,1"},
+            },
+            {
+                "identifier": "BBBB-2",
+                "connectionProperties": {"pairingState": "paired", "tunnelState": "unavailable"},
+                "deviceProperties": {"name": "Old", "osVersionNumber": "16.1", "developerModeStatus": "enabled"},
+                "hardwareProperties": {"productType": "iPhone10,4"},
+            },
+        ]
+    },
+}  # fmt: skip
+XCTEST = (
+    "Test Case '-[BenchTests.Latency testForward]' measured [Clock Monotonic Time, s] average: 0.002, relative standard "
+    "deviation: 3.1%, values: [0.002100, 0.001900, 0.002000], performanceMetricID:com.apple.dt.XCTMetric_Clock.time.monotonic\n"
+)
+REPORT = {
+    "runner": "edge_ibtm_runner",
+    "models": [{"load_ms": 80.0, "first_ms": 9.0, "warmup_runs": 3, "samples_ms": [1.5, 1.6, 1.4]}],
+}
+
+
+class Xcode:
+    """Answers commands as Xcode would, and remembers them."""
+
+    def __init__(self, console: str) -> None:
+        self.console, self.commands = console, []
+
+    def __call__(self, command: list[str]) -> str:
+        self.commands.append(command)
+        if "list" in command:
+            Path(command[-1]).write_text(json.dumps(DEVICES))
+        return self.console if "launch" in command else ""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    made = tmp_path / "my model.mlpackage"
+    made.mkdir()
+    return made
+
+
+def test_commands_in_order(package: Path, tmp_path: Path) -> None:
+    app = tmp_path / "Bench.app"
+    app.mkdir()
+    xcode = Xcode("launched\n" + json.dumps(REPORT) + "\n")
+    run = apple.probe_ios([package], None, app, ProbeOptions(samples=30, warmup=4), xcode)
+    tools = [command[1:5] for command in xcode.commands]
+    assert tools[0][:3] == ["devicectl", "list", "devices"]
+    assert tools[1] == ["devicectl", "device", "install", "app"]
+    assert tools[2][:2] == ["coremlcompiler", "compile"]
+    assert tools[3] == ["devicectl", "device", "copy", "to"]
+    launch = xcode.commands[4]
+    assert launch[launch.index("--device") + 1] == "AAAA-1"
+    assert launch[launch.index("--") + 1 :] == [
+        "--model_path", "my model.mlmodelc", "--json", "--warmup", "4", "--num_executions", "30",
+    ]  # fmt: skip
+    (result,) = run.results
+    assert result.p50_ms == 1.5 and result.load_ms == 80 and result.device.name == "iPhone 15 Pro"
+    assert result.device.kind == "apple" and "has not run on a device yet" in result.notes[0]
+
+
+def test_xctest_lines_are_milliseconds(package: Path) -> None:
+    phone = apple.parse_devices(json.dumps(DEVICES))[0]
+    result = apple.parse_ios(XCTEST, "m", package, phone)
+    assert result.samples_ms == pytest.approx((2.1, 1.9, 2.0)) and result.p50_ms == pytest.approx(2.0)
+    with pytest.raises(DeviceError, match="printed no result"):
+        apple.parse_ios("App terminated due to signal 9.", "m", package, phone)
+
+
+def test_choosing_a_phone() -> None:
+    found = apple.parse_devices(json.dumps(DEVICES))
+    assert apple.choose_iphone(found, None).name == "Ada's iPhone"
+    with pytest.raises(DeviceError, match="Old is not reachable: connect the cable"):
+        apple.choose_iphone(found, "Old")
+    with pytest.raises(UsageError, match="no iPhone 'Eve'"):
+        apple.choose_iphone(found, "Eve")
+    with pytest.raises(UsageError, match="2 iPhones"):
+        apple.choose_iphone([found[0], found[0]], None)
+    with pytest.raises(DeviceError, match="no iPhone is ready: Old is not reachable"):
+        apple.choose_iphone(found[1:], None)
+    with pytest.raises(DeviceError, match="unknown form"):
+        apple.parse_devices("{}")
+
+
+@pytest.mark.skipif(apple.platform.system() == "Darwin", reason="this is a Mac")
+def test_without_a_mac(package: Path) -> None:
+    import torch
+
+    with pytest.raises(UsageError, match="needs a Mac, this is Linux.*edge-ibtm verify"):
+        probe(package, torch.zeros(1), device="mac")
+    with pytest.raises(UsageError, match="is no .mlpackage"):
+        probe(package.parent / "x.pte", torch.zeros(1), device="ios:Ada")
