@@ -294,6 +294,20 @@ def test_packages_are_replaced_whole(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["m.mlpackage"]
 
 
+def test_programs_stay_loaded_until_their_files_change(tmp_path: Path, monkeypatch: Any) -> None:
+    from edge_ibtm.targets import mil_eval
+
+    loads: list[str] = []
+    real = mil_eval.load_program
+    monkeypatch.setattr(mil_eval, "load_program", lambda path: loads.append(str(path)) or real(path))
+    image = torch.rand(1, 3, 8, 8)
+    for classes, expected in ((5, 1), (7, 2)):
+        artifact = lower_coreml(Tiny(classes).eval(), image, tmp_path / "m.mlpackage")
+        assert run_mlpackage(artifact.path, image).shape == (1, classes)
+        run_mlpackage(artifact.path, image)
+        assert len(loads) == expected
+
+
 def test_broken_packages_are_explained(tmp_path: Path) -> None:
     artifact = lower_coreml(Tiny().eval(), torch.zeros(1, 3, 8, 8), tmp_path / "m.mlpackage")
     image = torch.zeros(1, 3, 8, 8)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,17 @@ def _dtype(var: Any) -> str:
     return types.builtin_to_string(dtype) if dtype is not None else "dict"
 
 
+@lru_cache(maxsize=2)
+def _loaded(path: str, _state: tuple[tuple[str, int, int], ...]) -> tuple[MILProgram, Any]:
+    """The program of a package and its specification."""
+    return load_program(path), open_package(path).get_spec()
+
+
 def predict(path: str | Path, images: torch.Tensor) -> torch.Tensor:
-    """See `coreml_package.run_mlpackage`."""
-    program = load_program(path)
-    spec = open_package(path).get_spec()
+    """See `coreml_package.run_mlpackage`. The two packages used last stay loaded, until their files change."""
+    files = sorted(f for f in Path(path).rglob("*") if f.is_file())
+    state = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+    program, spec = _loaded(str(path), state)
     if len(spec.description.input) != 1:
         names = ", ".join(f.name for f in spec.description.input)
         raise UsageError(f"{path} takes {len(spec.description.input)} inputs ({names}); one image input is expected")
