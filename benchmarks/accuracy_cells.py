@@ -52,17 +52,17 @@ class Cell:
 
 
 def _no_penalty(m: IBTM) -> None:
-    m.penalty_raw.data.fill_(-30.0)
-    m.penalty_raw.requires_grad_(False)
+    m.log_lambda.data.fill_(-30.0)
+    m.log_lambda.requires_grad_(False)
 
 
 def _fixed_eta(m: IBTM) -> None:
-    m.information.eta_raw.requires_grad_(False)
+    m.information.log_eta.requires_grad_(False)
 
 
 def _no_step(m: IBTM) -> None:
-    m.information.eta_raw.data.fill_(-30.0)
-    m.information.eta_raw.requires_grad_(False)
+    m.information.log_eta.data.fill_(-30.0)
+    m.information.log_eta.requires_grad_(False)
 
 
 # ablations of IBTM: what is changed on each of its mask modules after surgery

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 import edge_ibtm
 from edge_ibtm import information as info
 from edge_ibtm.ib import LAST, input_features, measure_ib, model_ib
+from edge_ibtm.mergers import IBStep
 from edge_ibtm.statistics import JointCounter, class_means, fit_clusters, kmeans
 from edge_ibtm.statistics_sites import mask_modules, refresh_mask_buffers
 
@@ -101,3 +102,17 @@ def test_refresh_fills_the_buffers_of_every_site() -> None:
     outputs = model(images)
     refresh_mask_buffers(model, [(images, labels.roll(1))])
     assert not torch.equal(model(images), outputs)  # labels reach the forward through the buffers alone
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_site_takes_the_step_of_the_closed_form(conditional: bool) -> None:
+    """mergers.ibtm writes the step in operators that lower; it is still information.ib_gradient."""
+    step = IBStep(6, 4)
+    step.conditional = conditional
+    features, labels = torch.randn(80, 6), torch.randint(0, 4, (80,))
+    c = fit_clusters(features, labels, 4, beta=step.beta)
+    step.load_statistics(c.centroids, c.likelihood, c.prior)
+    z, g, size = torch.randn(3, 9, 6), torch.randn(3, 9), torch.randint(1, 4, (3, 9)).float()
+    x = step.pooled(z, torch.sigmoid(g) * size)
+    v = info.ib_gradient(x, step.centroids, step.step, step.beta, conditional, on_sphere=True)
+    torch.testing.assert_close(step(z, g, size), g - step.eta * (z @ v[:, :, None])[..., 0], atol=1e-4, rtol=1e-4)
