@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,18 @@ class Verdict:
         return self
 
 
-def verify(reference: nn.Module, artifact: Any, inputs: Any, *, limits: Limits | None = None) -> Verdict:
+def verify(
+    reference: nn.Module, artifact: Any, inputs: Any, *, limits: Limits | None = None, isolated: bool = False
+) -> Verdict:
     """Run the artifact and its reference on the same images and compare the outputs.
 
     reference: eager or converted module, images -> logits [B, classes]. artifact: Artifact or path of a `.pte`,
     `.pt2` or `.mlpackage`. inputs: one batch [B, 3, H, W], or a list of batches, each of the lowered shape or a
-    multiple of it (cut into pieces of the lowered batch). Raises UsageError for a file that cannot be run here.
+    multiple of it (cut into pieces of the lowered batch). isolated: run a `.pte` in a child process. Raises UsageError for a file that cannot be run here.
     """
     path = Path(artifact.path if isinstance(artifact, Artifact) else artifact)
     batches = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
-    run = runner_of(path, check_example(batches)[0])
+    run = runner_of(path, check_example(batches)[0], isolated)
     with torch.no_grad():
         wanted = [run_reference(reference, batch) for batch in batches]
         got = [run(batch) for batch in batches]
@@ -67,10 +70,15 @@ def run_reference(reference: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([_first(reference(piece)) for piece in images.split(int(size))])
 
 
-def runner_of(path: Path, sample: torch.Tensor) -> Any:
-    """A function images [B, 3, H, W] -> outputs that runs the artifact at `path` on this host."""
+def runner_of(path: Path, sample: torch.Tensor, isolated: bool = False) -> Any:
+    """A function images [B, 3, H, W] -> outputs that runs the artifact at `path` on this host.
+
+    isolated: run a `.pte` in a child process, where native code may abort.
+    """
     if path.suffix == ".pte":
-        return _pte_runner(path)
+        from edge_ibtm.targets.runtime import run_batches, run_isolated
+
+        return partial(run_isolated if isolated else run_batches, path)
     if path.suffix == ".pt2":
         module = torch.export.load(path).module()
         size = sample.shape[0]
@@ -80,21 +88,6 @@ def runner_of(path: Path, sample: torch.Tensor) -> Any:
 
         return lambda images: run_mlpackage(path, images)
     raise UsageError(f"cannot verify {path}: a .pte, .pt2 or .mlpackage is needed")
-
-
-def _pte_runner(path: Path) -> Any:
-    from edge_ibtm.targets.common import check_inputs, load_pte
-
-    method = load_pte(path)
-    size = method.metadata.input_tensor_meta(0).sizes()[0]
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        pieces = images.contiguous().split(size)
-        for piece in {tuple(p.shape): p for p in pieces}.values():
-            check_inputs(method, (piece,))
-        return torch.cat([method.execute((piece.contiguous(),))[0].clone() for piece in pieces])
-
-    return run
 
 
 def _first(output: Any) -> torch.Tensor:

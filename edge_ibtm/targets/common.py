@@ -1,11 +1,11 @@
-"""What all targets share: the artifact record, capture, atomic writing, the ExecuTorch runtime."""
+"""What all targets share: the artifact record, capture, atomic writing, delegation counts."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,11 @@ class Artifact:
     non_delegated: int
     sha256: str
     left_out: dict[str, int] = field(default_factory=dict)
+
+
+def artifact_of(path: Path, target: str, counts: tuple[int, int, int, dict[str, int]]) -> Artifact:
+    """The record of a written artifact; counts as `delegation` gives them."""
+    return Artifact(path, target, size_of(path), *counts[:3], sha256_of(path), counts[3])
 
 
 def check_example(example: Any) -> tuple[torch.Tensor, ...]:
@@ -111,82 +116,6 @@ def write_program(program: Any, path: Path) -> None:
         raise EdgeIBTMError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def run_pte(path: str | Path, inputs: Any, threads: int | None = None) -> list[torch.Tensor]:
-    """Outputs of the `forward` method of a `.pte` in this host's ExecuTorch runtime.
-
-    inputs: a tensor or a tuple of tensors of the shapes it was lowered with. threads: size of the thread pool.
-    Raises UsageError for a file that is no `.pte`, a backend this host lacks, or a wrong shape or dtype.
-    """
-    tensors = check_example(inputs)
-    method = load_pte(path, threads)
-    check_inputs(method, tensors)
-    try:
-        return list(method.execute(tensors))
-    except RuntimeError as error:
-        raise EdgeIBTMError(f"{path} failed to run: {first_line(error)}") from error
-
-
-def load_pte(path: str | Path, threads: int | None = None) -> Any:
-    """The loaded `forward` method of a `.pte`, after its header and backends were checked."""
-    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-    from executorch.runtime import Runtime
-
-    file = check_pte(path)
-    if threads:
-        _unsafe_reset_threadpool(threads)
-    try:
-        program = Runtime.get().load_program(file.read_bytes())
-        if "forward" not in program.method_names:
-            raise UsageError(f"{file} has no method 'forward', only {sorted(program.method_names)}")
-        method = program.load_method("forward")
-    except RuntimeError as error:
-        raise UsageError(f"{file} cannot be loaded: {_load_hint(file, error)}") from error
-    method.program = program
-    return method
-
-
-def check_pte(path: str | Path) -> Path:
-    """The path of what is a whole `.pte` by its header; UsageError if it is missing, foreign or truncated."""
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"no such file: {file}")
-    with file.open("rb") as stream:
-        head = stream.read(64)
-    if len(head) < 32 or head[4:6] != b"ET":
-        raise UsageError(f"{file} is not an ExecuTorch program (.pte): its header reads {head[4:8]!r}, not b'ET12'")
-    if head[8:10] == b"eh":
-        length = int.from_bytes(head[12:16], "little")
-        program = int.from_bytes(head[16:24], "little")
-        segments = int.from_bytes(head[24:32], "little")
-        tail = int.from_bytes(head[32:40], "little") if length >= 32 else 0
-        needed = segments + tail if segments else program
-        if file.stat().st_size < needed:
-            raise UsageError(f"{file} is truncated: {file.stat().st_size} bytes of {needed}; lower the model again")
-    return file
-
-
-def check_inputs(method: Any, tensors: Sequence[torch.Tensor]) -> None:
-    """UsageError unless the tensors have the count, shapes and dtypes the method was lowered with."""
-    meta = method.metadata
-    if meta.num_inputs() != len(tensors):
-        raise UsageError(f"the artifact takes {meta.num_inputs()} inputs, got {len(tensors)}")
-    for index, tensor in enumerate(tensors):
-        wanted = tuple(meta.input_tensor_meta(index).sizes())
-        if tuple(tensor.shape) != wanted:
-            raise UsageError(f"input {index} has shape {tuple(tensor.shape)}, the artifact takes {wanted}")
-
-
-def _load_hint(file: Path, error: RuntimeError) -> str:
-    from executorch.runtime import Runtime
-
-    content = file.read_bytes()
-    here = Runtime.get().backend_registry
-    for backend in ("VulkanBackend", "CoreMLBackend", "QnnBackend", "XnnpackBackend"):
-        if backend.encode() in content and not here.is_available(backend):
-            return f"it needs {backend}, which this host's runtime lacks; run it on a device that has it"
-    return first_line(error)
-
-
 def delegation(graph_module: torch.fx.GraphModule) -> tuple[int, int, int, dict[str, int]]:
     """(subgraphs, delegated nodes, other nodes, {operator: nodes} of what was left out) of a lowered graph."""
     from executorch.devtools.backend_debug import get_delegation_info
@@ -199,3 +128,10 @@ def delegation(graph_module: torch.fx.GraphModule) -> tuple[int, int, int, dict[
     }
     counts = info.num_delegated_subgraphs, info.num_delegated_nodes, info.num_non_delegated_nodes
     return (*counts, dict(sorted(left.items(), key=lambda item: -item[1])))
+
+
+def run_pte(path: str | Path, inputs: Any, threads: int | None = None) -> list[torch.Tensor]:
+    """`edge_ibtm.targets.runtime.run_pte`."""
+    from edge_ibtm.targets import runtime
+
+    return runtime.run_pte(path, inputs, threads)

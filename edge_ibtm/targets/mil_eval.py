@@ -174,7 +174,7 @@ def _loaded(path: str, _state: tuple[tuple[str, int, int], ...]) -> tuple[MILPro
 
 def predict(path: str | Path, images: torch.Tensor) -> torch.Tensor:
     """See `coreml_package.run_mlpackage`. The two packages used last stay loaded, until their files change."""
-    files = sorted(f for f in Path(path).rglob("*") if f.is_file())
+    files = sorted(f for f in Path(path).rglob("*") if f.is_file() and f.name != "Manifest.json")  # opening rewrites it
     state = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
     program, spec = _loaded(str(path), state)
     if len(spec.description.input) != 1:

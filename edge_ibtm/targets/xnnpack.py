@@ -10,15 +10,14 @@ import torch
 from edge_ibtm.errors import EdgeIBTMError
 from edge_ibtm.targets.common import (
     Artifact,
+    artifact_of,
     capture,
     delegation,
     first_line,
-    run_pte,
-    sha256_of,
-    size_of,
     write_program,
 )
 from edge_ibtm.targets.lean import lean
+from edge_ibtm.targets.runtime import run_pte
 
 __all__ = ["lower_xnnpack", "run_pte"]
 
@@ -34,7 +33,7 @@ def lower_xnnpack(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> A
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise EdgeIBTMError(f"lowering to xnnpack failed: {first_line(error)}") from error
     write_program(lowered, path)
-    return Artifact(path, "xnnpack", size_of(path), *counts[:3], sha256_of(path), counts[3])
+    return artifact_of(path, "xnnpack", counts)
 
 
 def _to_edge(program: torch.export.ExportedProgram) -> Any:

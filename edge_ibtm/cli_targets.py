@@ -1,0 +1,164 @@
+"""Commands of the targets: check, lower, verify. Parses, calls, prints; imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edge_ibtm.errors import EdgeIBTMError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Model = Annotated[str, typer.Option("--model", help="model name (edge-ibtm list)")]
+Weights = Annotated[str | None, typer.Option(help="file (safetensors, .pth), 'pretrained', or none: random")]
+Classes = Annotated[int, typer.Option("--classes", help="number of classes")]
+Size = Annotated[int | None, typer.Option("--img-size", help="pixels; default: the model's own")]
+Merger = Annotated[str, typer.Option(help="merger for --keep-ratio")]
+Keep = Annotated[float | None, typer.Option(help="insert mergers that keep this share of the tokens")]
+TargetName = Annotated[str, typer.Option("--target", help="xnnpack, portable, vulkan, coreml, torch")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands to the command line."""
+    app.command("check")(check_command)
+    app.command("lower")(lower_command)
+    app.command("verify")(verify_command)
+
+
+def _build(
+    model: str, weights: str | None, classes: int, img_size: int | None, merge: tuple[str, float | None]
+) -> nn.Module:
+    from edge_ibtm import build_model, insert_mergers
+
+    if merge[1] is None:
+        return build_model(model, num_classes=classes, weights=weights, img_size=img_size)
+    saved = weights if weights not in (None, "pretrained") else None
+    built = build_model(model, num_classes=classes, weights=None if saved else weights, img_size=img_size)
+    if not saved:
+        return insert_mergers(built, merger=merge[0], keep_ratio=merge[1])
+    return _load_merged(built, Path(saved), merge, model)
+
+
+def _load_merged(model: nn.Module, file: Path, merge: tuple[str, float | None], name: str) -> nn.Module:
+    """Weights of the base go in before the mergers, weights of a merged model after them: the keys tell which."""
+    from edge_ibtm import insert_mergers
+    from edge_ibtm.checkpoint import load_into, read_state
+
+    state = read_state(file)
+    merged_state = any(".sites." in key or ".merger." in key for key in state)
+    if not merged_state:
+        load_into(model, state, name)
+    insert_mergers(model, merger=merge[0], keep_ratio=merge[1] or 1.0)
+    if merged_state:
+        load_into(model, state, name)
+    return model.eval()
+
+
+def check_command(
+    model: Model,
+    target: TargetName = "xnnpack",
+    classes: Classes = 1000,
+    img_size: Size = None,
+    keep_ratio: Keep = None,
+    merger: Merger = "ibtm",
+    allow_fallback: Annotated[bool, typer.Option(help="accept operators outside the delegate")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+) -> None:
+    """Before any training: what TARGET leaves outside its delegate, what has no kernel, and what to change."""
+    from edge_ibtm.check import check, example_for
+
+    built = _build(model, None, classes, img_size, (merger, keep_ratio))
+    found = check(built, example_for(built, img_size), target=target)
+    typer.echo(json.dumps(asdict(found), default=str) if as_json else "\n".join(found.lines()))
+    found.require(allow_fallback)
+
+
+def lower_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="file to write")],
+    target: TargetName = "xnnpack",
+    weights: Weights = None,
+    classes: Classes = 1000,
+    img_size: Size = None,
+    keep_ratio: Keep = None,
+    merger: Merger = "ibtm",
+) -> None:
+    """Write the artifact of a model for TARGET; the last line is JSON."""
+    from edge_ibtm.check import example_for
+    from edge_ibtm.targets import lower
+
+    built = _build(model, weights, classes, img_size, (merger, keep_ratio))
+    artifact = lower(built, example_for(built, img_size), output, target=target)
+    total = artifact.delegated + artifact.non_delegated
+    typer.echo(
+        f"{artifact.path}: {artifact.bytes / 1e6:.2f} MB, {artifact.subgraphs} subgraphs, "
+        f"{artifact.delegated} of {total} nodes delegated"
+    )
+    typer.echo(json.dumps(asdict(artifact), default=str))
+
+
+def verify_command(
+    artifact: Annotated[Path, typer.Argument(help=".pte, .pt2 or .mlpackage")],
+    model: Annotated[str | None, typer.Option("--model", help="model it came from")] = None,
+    weights: Weights = None,
+    classes: Classes = 1000,
+    img_size: Size = None,
+    keep_ratio: Keep = None,
+    merger: Merger = "ibtm",
+    inputs: Annotated[Path | None, typer.Option(help=".pt file with images [B, 3, H, W]; default noise")] = None,
+    min_sqnr: Annotated[float, typer.Option(help="gate, dB")] = 80.0,
+    arch: Annotated[str | None, typer.Option(help="aarch64: run on an emulated Arm CPU instead")] = None,
+) -> None:
+    """Run an artifact and the model it came from on the same images; exit 1 if they differ. The last line is JSON."""
+    images = _images(inputs)
+    if arch is not None:
+        _verify_arch(arch, artifact, images)
+        return
+    if model is None:
+        raise UsageError("verify needs --model (and --weights) to compare with, or --arch aarch64")
+    from edge_ibtm.check import example_for
+    from edge_ibtm.verify import Limits, verify
+
+    built = _build(model, weights, classes, img_size, (merger, keep_ratio))
+    given = example_for(built, img_size) if images is None else images
+    verdict = verify(built, artifact, given, limits=Limits(sqnr_db=min_sqnr), isolated=True)
+    typer.echo(
+        f"{artifact}: SQNR {verdict.sqnr_db:.1f} dB, cosine {verdict.cosine:.6f}, max error {verdict.max_abs:.3g}, "
+        f"same top-1 {verdict.top1_agreement:.0%} of {verdict.samples} images"
+    )
+    typer.echo(json.dumps(asdict(verdict)))
+    verdict.require(str(artifact))
+
+
+def _images(path: Path | None) -> Any:
+    if path is None:
+        return None
+    import torch
+
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}")
+    try:
+        images = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise UsageError(f"{path} is not a tensor file that torch.load reads with weights_only: {error}") from error
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
+        raise UsageError(f"{path} must hold one tensor of images [B, 3, H, W]")
+    return images
+
+
+def _verify_arch(arch: str, artifact: Path, images: Any) -> None:
+    if arch != "aarch64":
+        raise UsageError(f"unknown --arch {arch!r}; known: aarch64")
+    from edge_ibtm.probe.emulated import verify_aarch64
+    from edge_ibtm.targets.runtime import check_pte
+
+    result = verify_aarch64(check_pte(artifact), None if images is None else [images])
+    parity: Any = result.parity
+    typer.echo(result.model_dump_json())
+    if not parity.ok:
+        raise EdgeIBTMError(f"{artifact} computes something else on aarch64: {parity}")

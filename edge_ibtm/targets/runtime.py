@@ -1,0 +1,159 @@
+"""This host's ExecuTorch runtime: loading and running `.pte` files, with errors that say what is wrong with the file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.targets.common import check_example, first_line
+
+
+def run_pte(path: str | Path, inputs: Any, threads: int | None = None) -> list[torch.Tensor]:
+    """Outputs of the `forward` method of a `.pte` in this host's ExecuTorch runtime.
+
+    inputs: a tensor or a tuple of tensors of the shapes it was lowered with. threads: size of the thread pool.
+    Raises UsageError for a file that is no `.pte`, a backend this host lacks, or a wrong shape or dtype.
+    """
+    tensors = check_example(inputs)
+    method = load_pte(path, threads)
+    check_inputs(method, tensors)
+    try:
+        return list(method.execute(tensors))
+    except RuntimeError as error:
+        raise EdgeIBTMError(f"{path} failed to run: {first_line(error)}") from error
+
+
+def load_pte(path: str | Path, threads: int | None = None) -> Any:
+    """The loaded `forward` method of a `.pte`, after its header and backends were checked."""
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime
+
+    file = check_pte(path)
+    if threads:
+        _unsafe_reset_threadpool(threads)
+    try:
+        program = Runtime.get().load_program(file.read_bytes())
+        if "forward" not in program.method_names:
+            raise UsageError(f"{file} has no method 'forward', only {sorted(program.method_names)}")
+        method = program.load_method("forward")
+    except RuntimeError as error:
+        raise UsageError(f"{file} cannot be loaded: {_load_hint(file, error)}") from error
+    method.program = program
+    return method
+
+
+def check_pte(path: str | Path) -> Path:
+    """The path of what is a whole `.pte` by its header; UsageError if it is missing, foreign or truncated."""
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"no such file: {file}")
+    with file.open("rb") as stream:
+        head = stream.read(64)
+    if len(head) < 32 or head[4:6] != b"ET":
+        raise UsageError(f"{file} is not an ExecuTorch program (.pte): its header reads {head[4:8]!r}, not b'ET12'")
+    if head[8:10] == b"eh":
+        length = int.from_bytes(head[12:16], "little")
+        program = int.from_bytes(head[16:24], "little")
+        segments = int.from_bytes(head[24:32], "little")
+        tail = int.from_bytes(head[32:40], "little") if length >= 32 else 0
+        needed = segments + tail if segments else program
+        if file.stat().st_size < needed:
+            raise UsageError(f"{file} is truncated: {file.stat().st_size} bytes of {needed}; lower the model again")
+    return file
+
+
+def check_inputs(method: Any, tensors: Sequence[torch.Tensor]) -> None:
+    """UsageError unless the tensors have the count, shapes and dtypes the method was lowered with."""
+    meta = method.metadata
+    if meta.num_inputs() != len(tensors):
+        raise UsageError(f"the artifact takes {meta.num_inputs()} inputs, got {len(tensors)}")
+    for index, tensor in enumerate(tensors):
+        wanted = tuple(meta.input_tensor_meta(index).sizes())
+        if tuple(tensor.shape) != wanted:
+            raise UsageError(f"input {index} has shape {tuple(tensor.shape)}, the artifact takes {wanted}")
+
+
+def _load_hint(file: Path, error: RuntimeError) -> str:
+    from executorch.runtime import Runtime
+
+    content = file.read_bytes()
+    here = Runtime.get().backend_registry
+    for backend in ("VulkanBackend", "CoreMLBackend", "QnnBackend", "XnnpackBackend"):
+        if backend.encode() in content and not here.is_available(backend):
+            return f"it needs {backend}, which this host's runtime lacks; run it on a device that has it"
+    return first_line(error)
+
+
+def operators_of(path: Path) -> list[str]:
+    """Names of the operators outside delegates that a `.pte` calls, as `aten::add.out`."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    parsed = deserialize_pte_binary(path.read_bytes())
+    program = getattr(parsed, "program", parsed)
+    found = {(op.name, op.overload) for plan in program.execution_plan for op in plan.operators}
+    return sorted(f"{name}.{overload}" if overload else name for name, overload in found)
+
+
+def missing_kernels(path: Path) -> list[str]:
+    """Operators of a `.pte` that this host's stock runtime has no kernel for."""
+    from executorch.runtime import Runtime
+
+    here = Runtime.get().operator_registry.operator_names
+    return [name for name in operators_of(path) if name not in here]
+
+
+def run_isolated(path: Path, images: torch.Tensor, timeout: float = 600.0) -> torch.Tensor:
+    """Outputs of a `.pte` run in a child process, so that an abort of native code becomes an EdgeIBTMError.
+
+    images [B, ...] in pieces of the lowered batch; timeout in seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, answer = Path(folder, "in.pt"), Path(folder, "out.pt")
+        torch.save(images, given)
+        command = [sys.executable, "-m", "edge_ibtm.targets.runtime", str(path), str(given), str(answer)]
+        try:
+            child = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            raise EdgeIBTMError(f"{path} did not finish within {timeout:.0f} s") from error
+        if child.returncode == 0:
+            return torch.load(answer, weights_only=True)
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        if child.returncode < 0:
+            raise EdgeIBTMError(f"running {path} killed its process (signal {-child.returncode}): {last}")
+        if child.returncode == UsageError.exit_code:
+            raise UsageError(last)
+        raise EdgeIBTMError(last)
+
+
+def run_batches(path: Path, images: torch.Tensor) -> torch.Tensor:
+    """First output of a `.pte` for images [B, ...], run in pieces of the lowered batch."""
+    method = load_pte(path)
+    size = method.metadata.input_tensor_meta(0).sizes()[0]
+    pieces = [piece.contiguous() for piece in images.split(size)]
+    for piece in (pieces[0], pieces[-1]):
+        check_inputs(method, (piece,))
+    try:
+        return torch.cat([method.execute((piece,))[0].clone() for piece in pieces])
+    except RuntimeError as error:
+        raise EdgeIBTMError(f"{path} failed to run: {first_line(error)}") from error
+
+
+def _child(arguments: list[str]) -> int:
+    path, given, answer = arguments
+    try:
+        torch.save(run_batches(Path(path), torch.load(given, weights_only=True)), answer)
+    except EdgeIBTMError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(sys.argv[1:]))

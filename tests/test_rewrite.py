@@ -1,0 +1,163 @@
+"""Rewrites: each equals what it replaces, leaves the original alone, and can be applied twice."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.swin_transformer import WindowAttention
+from torch import nn
+
+from edge_ibtm.backbones import BACKBONES
+from edge_ibtm.rewrite import export_rewritten, prepare_for_export
+from edge_ibtm.rewrite_attention import SplitAttention, SplitWindowAttention
+from edge_ibtm.rewrite_norm import LinearNorm, PooledGroupNorm
+from edge_ibtm.rewrite_ops import DelegateOps
+
+MODELS = [
+    ("mobilevit_xxs", {}, 64),
+    ("mobilevit_xxs", {}, 80),
+    ("mobilevitv2_050", {}, 64),
+    ("efficientvit_b0", {}, 64),
+    ("swin_tiny_patch4_window7_224", {"img_size": 112, "depths": (2, 2, 1, 1), "window_size": 7}, 112),
+    ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 2, "qk_norm": True}, 56),
+]
+
+
+def sqnr(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    wanted, got = wanted.double(), got.double()
+    return float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum().clamp_min(1e-300)))
+
+
+def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with statistics, scales and shifts that are not the trivial ones of a fresh model."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "options", "size"), MODELS)
+def test_rewritten_model_is_equal(name, options, size):
+    model = shaken(timm.create_model(name, num_classes=7, **options))
+    before = copy.deepcopy(model.state_dict())
+    images = torch.randn(2, 3, size, size)
+    once = prepare_for_export(model)
+    twice = prepare_for_export(once)
+    with torch.no_grad():
+        wanted = model(images)
+        assert sqnr(wanted, once(images)) >= 100
+        assert torch.equal(once(images), twice(images))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", BACKBONES.values(), ids=lambda f: f.name)
+def test_export_of_every_family_is_equal(family):
+    model, size = family.twin()
+    images = torch.randn(1, 3, size, size)
+    program = export_rewritten(shaken(model), (images,))
+    with torch.no_grad():
+        assert sqnr(model(images), program.module()(images)) >= 100
+
+
+@pytest.mark.parametrize("mask", ["none", "additive", "boolean", "causal"])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "norm_layer": nn.LayerNorm}, {"gated": True, "qkv_bias": True}])
+def test_attention(mask, options):
+    torch.manual_seed(1)
+    attn = Attention(24, num_heads=3, **options).eval()
+    x, kwargs = torch.randn(2, 5, 24), {}
+    if mask == "additive":
+        kwargs["attn_mask"] = torch.randn(2, 1, 1, 5)
+    elif mask == "boolean":
+        kwargs["attn_mask"] = (torch.rand(5, 5) > 0.4) | torch.eye(5).bool()
+    elif mask == "causal":
+        kwargs["is_causal"] = True
+    with torch.no_grad():
+        torch.testing.assert_close(SplitAttention.of(attn)(x, **kwargs), attn(x, **kwargs), atol=1e-5, rtol=1e-4)
+
+
+def test_attention_can_be_hooked_like_the_original():
+    attn = Attention(24, num_heads=3).eval()
+    split = SplitAttention.of(copy.deepcopy(attn))
+    seen = {}
+    for owner, label in ((attn, "old"), (split, "new")):
+        for name in ("q_norm", "k_norm", "qkv"):
+            getattr(owner, name).register_forward_hook(lambda _m, _i, o, key=(label, name): seen.update({key: o}))
+    x = torch.randn(2, 5, 24)
+    attn(x), split(x)
+    torch.testing.assert_close(seen["old", "k_norm"], seen["new", "k_norm"])
+    torch.testing.assert_close(seen["old", "q_norm"] * attn.scale, seen["new", "q_norm"] * split.scale)
+    torch.testing.assert_close(seen["old", "qkv"][..., 24:], seen["new", "qkv"][..., 24:])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_window_attention(masked):
+    torch.manual_seed(2)
+    attn = WindowAttention(24, num_heads=3, window_size=4).eval()
+    x = torch.randn(2 * 3, 16, 24)
+    mask = (torch.randn(3, 16, 16) > 0).float() * -100 if masked else None
+    with torch.no_grad():
+        torch.testing.assert_close(SplitWindowAttention.of(attn)(x, mask=mask), attn(x, mask=mask), atol=1e-5, rtol=1e-4)
+
+
+def test_norms():
+    norm = shaken(nn.LayerNorm(32, eps=1e-3))
+    x = 3 * torch.randn(2, 7, 32) + 5
+    torch.testing.assert_close(LinearNorm.of(norm)(x), norm(x), atol=1e-5, rtol=1e-5)
+    group = shaken(nn.GroupNorm(1, 8))
+    y = torch.randn(2, 8, 3, 5)
+    torch.testing.assert_close(PooledGroupNorm.of(group)(y), group(y), atol=1e-5, rtol=1e-5)
+    assert type(LinearNorm.of(nn.LayerNorm((3, 4)))) is nn.LayerNorm
+    assert type(PooledGroupNorm.of(nn.GroupNorm(2, 8))) is nn.GroupNorm
+
+
+CALLS = {
+    "roll": lambda x: torch.roll(x, (-1, 2), (1, 2)),
+    "roll one": lambda x: torch.roll(x, shifts=3, dims=-1),
+    "mean all": lambda x: x.mean(),
+    "mean pooling": lambda x: x.mean((2, 3)),
+    "mean last": lambda x: torch.mean(x, -1, keepdim=True),
+    "mean middle": lambda x: x.mean(dim=1),
+    "sum": lambda x: x.sum((0, 2), keepdim=True),
+    "select": lambda x: x[:, 1] + x[:, -1],
+    "select ellipsis": lambda x: x[..., 2] * x[1, ..., 0].sum(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_operators(call):
+    x = torch.randn(2, 3, 4, 5)
+    with DelegateOps():
+        got = call(x)
+    torch.testing.assert_close(got, call(x), atol=1e-5, rtol=1e-5)
+    assert got.shape == call(x).shape
+
+
+def test_operators_of_integers_are_left_alone():
+    x = torch.arange(12).reshape(3, 4)
+    with DelegateOps():
+        assert torch.equal(torch.roll(x, 1, 0), x[[2, 0, 1]])
+        assert int(x.sum()) == 66
+
+
+def test_export_folds_what_depends_on_no_input():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.raw = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * F.softplus(self.raw).log().detach()
+
+    program = export_rewritten(Model(), (torch.randn(2, 4),))
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [torch.ops.aten.mul.Tensor]

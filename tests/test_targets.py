@@ -1,0 +1,216 @@
+"""Lowering, loading, running, verifying and pre-flight, on tiny models, in the real runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from edge_ibtm import insert_mergers
+from edge_ibtm.backbones import BACKBONES
+from edge_ibtm.check import check
+from edge_ibtm.cli import app
+from edge_ibtm.errors import EdgeIBTMError, GateError, UsageError
+from edge_ibtm.targets import TARGETS, lower
+from edge_ibtm.targets.common import replacing
+from edge_ibtm.targets.lean import lean
+from edge_ibtm.targets.runtime import missing_kernels, operators_of, run_isolated, run_pte
+from edge_ibtm.verify import Limits, compare_outputs, verify
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return BACKBONES["vit"].twin()
+
+
+@pytest.fixture(scope="module")
+def lowered(vit, tmp_path_factory):
+    model, size = vit
+    return lower(model, torch.randn(1, 3, size, size), tmp_path_factory.mktemp("pte") / "vit.pte")
+
+
+def test_artifact_says_what_it_is(lowered):
+    assert lowered.bytes == lowered.path.stat().st_size > 10_000
+    assert lowered.sha256 == hashlib.sha256(lowered.path.read_bytes()).hexdigest()
+    assert lowered.subgraphs == 1 and lowered.delegated > 50 and lowered.non_delegated <= 2
+    assert missing_kernels(lowered.path) == []
+
+
+@pytest.mark.parametrize("name", ["mobilevit", "efficientvit", "swin"])
+@pytest.mark.parametrize("merger", [None, "ibtm"])
+def test_families_lower_to_one_subgraph_and_compute_the_same(name, merger, tmp_path):
+    torch.manual_seed(1)
+    model, size = BACKBONES[name].twin()
+    if merger:
+        insert_mergers(model, merger=merger, keep_ratio=0.7)
+    artifact = lower(model, torch.randn(1, 3, size, size), tmp_path / "m.pte")
+    assert artifact.subgraphs == 1 and artifact.non_delegated <= 4, artifact.left_out
+    verdict = verify(model, artifact, torch.randn(2, 3, size, size))
+    assert verdict.ok and verdict.sqnr_db >= 100
+
+
+def test_verify_sees_a_changed_model(vit, lowered):
+    model, size = vit
+    images = torch.randn(3, 3, size, size)
+    assert verify(model, lowered, images).sqnr_db >= 100
+    other, _ = BACKBONES["vit"].twin()
+    with torch.no_grad():
+        other.load_state_dict(model.state_dict())
+        other.head.weight[0] += 0.05
+    verdict = verify(other, lowered.path, [images[:2], images[2:]])
+    assert not verdict.ok and verdict.samples == 3 and "sqnr_db" in verdict.failures[0]
+    with pytest.raises(GateError, match="sqnr_db"):
+        verdict.require()
+
+
+def test_compare_outputs():
+    wanted = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    got = torch.tensor([[2.0, 1.0], [3.0, 0.0]])
+    verdict = compare_outputs(wanted, got, Limits(sqnr_db=8, max_abs=0.5, top1_agreement=0.9))
+    assert verdict.sqnr_db == pytest.approx(10 * torch.log10(torch.tensor(14 / 2)).item())
+    assert verdict.max_abs == 1.0 and verdict.top1_agreement == 0.5
+    assert len(verdict.failures) == 2
+    assert not compare_outputs(wanted, got * float("nan"), Limits(sqnr_db=None)).ok
+    assert compare_outputs(wanted, wanted, Limits()).ok
+    with pytest.raises(UsageError, match="shape"):
+        compare_outputs(wanted, got[:, :1], Limits())
+
+
+def test_bad_files_and_inputs(lowered, tmp_path):
+    x = torch.randn(1, 3, 32, 32)
+    foreign, short = tmp_path / "foreign.pte", tmp_path / "short.pte"
+    foreign.write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    short.write_bytes(lowered.path.read_bytes()[: lowered.bytes // 2])
+    for path, message in (
+        (tmp_path / "none.pte", "no such file"),
+        (foreign, "not an ExecuTorch program"),
+        (short, "truncated"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run_pte(path, x)
+    with pytest.raises(UsageError, match=r"shape \(1, 3, 32, 31\)"):
+        run_pte(lowered.path, x[..., :31])
+    with pytest.raises(UsageError, match="1 inputs, got 2"):
+        run_pte(lowered.path, (x, x))
+    with pytest.raises(UsageError, match="must be a tensor"):
+        lower(nn.Linear(2, 2), [[1.0]], tmp_path / "x.pte")
+    with pytest.raises(UsageError, match="xnnpack"):
+        lower(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / "x.pte", target="xnpack")
+    with pytest.raises(UsageError, match=r"\.pte, \.pt2 or \.mlpackage"):
+        verify(nn.Identity(), tmp_path / "x.onnx", x)
+
+
+def test_a_damaged_program_does_not_take_the_interpreter_along(lowered, tmp_path):
+    content = bytearray(lowered.path.read_bytes())
+    content[64:4096] = b"\xff" * (4096 - 64)
+    damaged = tmp_path / "damaged.pte"
+    damaged.write_bytes(content)
+    with pytest.raises(EdgeIBTMError):
+        run_isolated(damaged, torch.randn(1, 3, 32, 32))
+
+
+class Sorts(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sort(x.flatten(1), dim=-1).values * 2
+
+
+def test_check_finds_missing_kernels():
+    found = check(Sorts(), torch.randn(1, 3, 4, 4))
+    assert any("sort" in name for name in found.missing) and not found.ok
+    assert any("hint" in line for line in found.lines())
+    with pytest.raises(EdgeIBTMError, match="sort"):
+        found.require(allow_fallback=True)
+
+
+def test_check_accepts_what_is_delegated(vit):
+    model, size = vit
+    found = check(model, torch.randn(1, 3, size, size)).require()
+    assert found.ok and found.artifact.subgraphs == 1 and found.left_out == {}
+
+
+class Counts(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cumsum(x.flatten(1) * 2, -1) + 1
+
+
+def test_check_names_what_stays_outside():
+    found = check(Counts(), torch.randn(1, 3, 4, 4))
+    assert found.ok and any("cumsum" in name for name in found.left_out)
+    with pytest.raises(EdgeIBTMError, match="cumsum.*--allow-fallback"):
+        found.require()
+    assert found.require(allow_fallback=True) is found
+
+
+def test_portable_and_torch_targets_run(vit, tmp_path):
+    model, size = vit
+    x = torch.randn(1, 3, size, size)
+    portable = lower(model, x, tmp_path / "p.pte", target="portable")
+    assert portable.subgraphs == 0 and "aten::bmm.out" in operators_of(portable.path)
+    assert verify(model, portable, x).sqnr_db >= 100
+    plain = lower(model, x, tmp_path / "p.pt2", target="torch")
+    assert verify(model, plain, x).sqnr_db >= 100
+
+
+def test_vulkan_lowers_and_says_that_it_cannot_run_here(vit, tmp_path):
+    model, size = vit
+    x = torch.randn(1, 3, size, size)
+    artifact = lower(model, x, tmp_path / "v.pte", target="vulkan")
+    assert artifact.delegated > 0 and not TARGETS["vulkan"].loads_here
+    with pytest.raises(UsageError, match="VulkanBackend"):
+        run_pte(artifact.path, x)
+
+
+def test_lean_leaves_no_trace():
+    from executorch.exir import pass_base
+    from torch._export.verifier import Verifier
+    from torch.fx import GraphModule, traceback
+
+    owners = ((pass_base._ExportPassBase, "call"), (Verifier, "check"), (GraphModule, "recompile"), (traceback, "copy"))
+    before = [getattr(owner, name) for owner, name in owners]
+    with pytest.raises(ValueError), lean():
+        assert all(getattr(owner, name) is not old for (owner, name), old in zip(owners, before))
+        raise ValueError
+    assert all(getattr(owner, name) is old for (owner, name), old in zip(owners, before))
+
+
+def test_interrupted_write_leaves_nothing(tmp_path):
+    target = tmp_path / "deep" / "model.pte"
+    with pytest.raises(KeyboardInterrupt), replacing(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert list(target.parent.iterdir()) == []
+
+
+def test_cli_reports_bad_files(tmp_path, lowered):
+    runner = CliRunner()
+    foreign = tmp_path / "foreign.pte"
+    foreign.write_bytes(b"nothing of the kind, and long enough for a header")
+    result = runner.invoke(app, ["verify", str(foreign), "--arch", "riscv"])
+    assert isinstance(result.exception, UsageError) and "riscv" in str(result.exception)
+    result = runner.invoke(app, ["verify", str(lowered.path)])
+    assert isinstance(result.exception, UsageError) and "--model" in str(result.exception)
+    result = runner.invoke(app, ["check", "--model", "mobilevit_s", "--target", "xnpack"])
+    assert isinstance(result.exception, UsageError) and "xnnpack" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_cli_lower_then_verify(tmp_path):
+    runner, path = CliRunner(), tmp_path / "m.pte"
+    common = ["--model", "mobilevit_xxs", "--classes", "3", "--img-size", "64", "--weights"]
+    weights = tmp_path / "w.safetensors"
+    from safetensors.torch import save_file
+
+    from edge_ibtm import build_model
+
+    save_file(build_model("mobilevit_xxs", num_classes=3).state_dict(), weights)
+    result = runner.invoke(app, ["lower", *common, str(weights), "-o", str(path)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output.splitlines()[-1])["subgraphs"] == 1
+    result = runner.invoke(app, ["verify", str(path), *common, str(weights)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output.splitlines()[-1])["sqnr_db"] > 100
