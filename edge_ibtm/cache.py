@@ -160,15 +160,15 @@ def write_text(path: Path, text: str) -> None:
 
 @cache
 def source_hash(modules: tuple[str, ...]) -> str:
-    """Hash of the source of modules or subpackages of this package ('targets', 'quantize')."""
+    """Hash of the source of modules ('tokens', 'finetune*') or subpackages ('targets') of this package."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for name in sorted(modules):
         place = root / name
-        files = sorted(place.rglob("*.py")) if place.is_dir() else [root / f"{name}.py"]
+        files = sorted(place.rglob("*.py")) if place.is_dir() else sorted(root.glob(f"{name}.py"))
         for file in files:
             digest.update(file.relative_to(root).as_posix().encode())
-            digest.update(file.read_bytes() if file.exists() else b"")
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

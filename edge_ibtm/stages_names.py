@@ -1,14 +1,11 @@
-"""Which modules compute each stage: a change in their source makes the cached stage stale."""
+"""Which modules compute each stage: a change in their source makes the cached stage stale. `*` as in file names."""
 
 from __future__ import annotations
 
 _MODEL = ("backbones", "checkpoint", "macs", "stages")
-_MERGE = (*_MODEL, "surgery", "tokens", "plan", "site", "mergers", "information", "statistics", "statistics_sites")
-_TRAIN = (
-    "finetune", "finetune_checkpoint", "finetune_data", "finetune_eval", "finetune_loop", "finetune_loss",
-    "finetune_setup",
-)  # fmt: skip
-_DATA = ("data", "data_sources")
+_MERGE = (*_MODEL, "surgery", "tokens", "plan", "site", "mergers", "information", "statistics*")
+_TRAIN = ("finetune*",)
+_DATA = ("data*",)
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "check": ("backbones", "checkpoint", "mergers", "targets", "stages"),
@@ -16,8 +13,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "base": (*_MODEL, *_TRAIN, *_DATA),
     "merge": (*_MERGE, *_TRAIN),
     "finetune": (*_MERGE, *_TRAIN),
-    "quantize": (*_MERGE, "quantize", "rewrite"),
-    "lower": (*_MERGE, "quantize", "rewrite", "targets", "lowering"),
+    "quantize": (*_MERGE, "quantize*", "rewrite*"),
+    "lower": (*_MERGE, "quantize*", "rewrite*", "targets", "lowering"),
     "verify": ("verify", "targets", "stages_artifact", *_DATA),
     "probe": ("probe",),
 }

@@ -251,3 +251,12 @@ def test_smoke_recipe_end_to_end(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] and (tmp_path / "merged.xnnpack.int8.pte").stat().st_size > 1e6
     assert all(r["p50_ms"] > 0 for r in report["rows"][-3:])
+
+
+def test_every_stage_names_modules_that_exist() -> None:
+    from edge_ibtm.stages_names import SOURCES
+
+    root = Path(pipeline.__file__).parent
+    for modules in SOURCES.values():
+        for name in modules:
+            assert (root / name).is_dir() or list(root.glob(f"{name}.py")), name
