@@ -23,7 +23,8 @@ class IBStep(nn.Module):
 
     Buffers, refreshed from training data by `finetune` (all zero, hence no step, until then): centroids C [A, D] of
     pooled features, likelihood Q [A, classes], prior pi [classes], and step L [A, A], which follows from Q and pi.
-    Learned: eta > 0, the step length. The labels enter only through the buffers.
+    Learned: eta > 0, the step length, from 1 / (2 beta sqrt(D)): LayerNormed tokens have length sqrt(D) and v carries 2 beta, so
+    the first step moves logits by about the spread of psi, well inside the sigmoid. The labels enter only through the buffers.
     """
 
     centroids: Tensor
@@ -35,7 +36,7 @@ class IBStep(nn.Module):
         super().__init__()
         clusters = clusters or max(2, min(256, classes))
         self.beta, self.conditional = beta, True
-        self.log_eta = nn.Parameter(torch.tensor(math.log(0.1)))
+        self.log_eta = nn.Parameter(torch.tensor(-math.log(2 * beta * math.sqrt(dim))))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.register_buffer("centroids", torch.zeros(clusters, dim))
         self.register_buffer("likelihood", torch.zeros(clusters, classes))
