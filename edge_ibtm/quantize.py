@@ -5,6 +5,7 @@ Source: torchao's PT2E flow (capture, prepare, calibrate, convert) with ExecuTor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,13 +29,14 @@ def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int
     (linear layers only, activations measured at run time), "mixed" (int8, the worst layers left in float).
     """
     convert = lookup("quantization scheme", scheme, SCHEMES)
-    batches = [_images(batch) for batch in calibration]
+    batches = [images_of(batch) for batch in calibration]
     if not batches:
         raise UsageError("quantization needs at least one calibration batch, got none")
     return convert(model, batches, **options)
 
 
-def _images(batch: Any) -> torch.Tensor:
+def images_of(batch: Any) -> torch.Tensor:
+    """The images of a calibration batch: the batch itself, or the first of a tuple."""
     images = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(images, torch.Tensor):
         raise UsageError(f"a calibration batch must be a tensor of images, got {type(images).__name__}")
@@ -111,4 +113,43 @@ def _convert(graph: Any, batches: list[torch.Tensor], chosen: Any) -> nn.Module:
     return convert_pt2e(prepared)
 
 
-SCHEMES: dict[str, Callable[..., nn.Module]] = {"int8": _static, "int8_dynamic": _dynamic}
+def _mixed(
+    model: nn.Module, batches: list[torch.Tensor], *, min_sqnr: float = 30.0, most: float = 0.25
+) -> nn.Module:
+    """int8, the layers that cost most precision left in float: as few as reach `min_sqnr` dB, at most a share `most`.
+
+    The Choice is under `quantization` in the returned module's `meta`; str() of it gives the reason.
+    """
+    from edge_ibtm.quantize_sensitivity import Choice, sensitivity, sqnr_db
+
+    graph = capture_graph(model, batches[0])
+    noise = sensitivity(graph, batches[0], _layer, module_path)
+    pieces = [p for b in batches for p in b.split(len(batches[0])) if p.shape == batches[0].shape][:16]
+    with torch.no_grad():
+        wanted = torch.cat([graph(piece) for piece in pieces])
+    first = None
+    for count in _counts(len(noise), most):
+        names = {layer.node for layer in noise[:count]}
+        converted = convert_static(copy.deepcopy(graph), batches, lambda n, names=names: n.name not in names and quantizable(n))
+        with torch.no_grad():
+            reached = sqnr_db(wanted, torch.cat([converted(piece) for piece in pieces]))
+        first = reached if first is None else first
+        converted.meta["quantization"] = Choice(tuple(noise[:count]), len(noise), first, reached, min_sqnr)
+        if reached >= min_sqnr:
+            break
+    return converted
+
+
+def _layer(node: Node) -> bool:
+    return node.op == "call_function" and quantizable(node)
+
+
+def _counts(layers: int, most: float) -> list[int]:
+    """0, 1, 2, 4, ... layers, up to a share `most` of all."""
+    limit, counts = int(layers * most), [0]
+    while counts[-1] < limit:
+        counts.append(min(limit, max(1, 2 * counts[-1])))
+    return counts
+
+
+SCHEMES: dict[str, Callable[..., nn.Module]] = {"int8": _static, "int8_dynamic": _dynamic, "mixed": _mixed}

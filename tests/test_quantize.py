@@ -1,0 +1,128 @@
+"""Quantization on tiny models: what is quantized, what stays in float, and that the artifact computes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from edge_ibtm import insert_mergers
+from edge_ibtm.backbones import BACKBONES
+from edge_ibtm.errors import UsageError
+from edge_ibtm.quantize import quantize
+from edge_ibtm.quantize_qat import quantize_qat
+from edge_ibtm.quantize_sensitivity import fake_activation, fake_weight, sqnr_db
+from edge_ibtm.targets import lower
+from edge_ibtm.verify import Limits, verify
+
+QUANTIZED = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    model, size = BACKBONES["vit"].twin()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    return model, [torch.randn(1, 3, size, size) for _ in range(8)]
+
+
+def layers(graph, quantized):
+    """Products with weights, those whose weight is (or is not) dequantized."""
+    found = [n for n in graph.graph.nodes if n.target in QUANTIZED]
+    return [n for n in found if ("dequantize" in str(getattr(n.args[1], "target", ""))) == quantized]
+
+
+def test_static_int8(vit, tmp_path):
+    model, batches = vit
+    converted = quantize(model, batches)
+    images = torch.cat(batches)
+    with torch.no_grad():
+        assert sqnr_db(model(images), torch.cat([converted(b) for b in batches])) >= 20
+    assert len(layers(converted, True)) == sum(type(m) in (nn.Linear, nn.Conv2d) for m in model.modules()) + 2 * 2
+    assert all(n.args[1].meta["val"].shape[0] == 1 for n in layers(converted, False))
+    small = lower(converted, batches[0], tmp_path / "int8.pte")
+    assert verify(converted, small, images, limits=Limits(sqnr_db=28)).ok
+    assert small.bytes < 0.75 * lower(model, batches[0], tmp_path / "fp32.pte").bytes
+    assert small.subgraphs == 1
+
+
+def test_merge_sites_stay_in_float():
+    torch.manual_seed(1)
+    model, size = BACKBONES["vit"].twin()
+    insert_mergers(model, merger="ibtm", keep_ratio=0.7)
+    batches = [torch.randn(1, 3, size, size) for _ in range(4)]
+    converted = quantize(model, batches)
+    for node in layers(converted, True):
+        types = [str(t) for _, t in (node.meta.get("nn_module_stack") or {}).values()]
+        assert not any("mergers" in t or "edge_ibtm.site" in t for t in types)
+    kinds = {str(n.target) for n in converted.graph.nodes if any("quantize_per_tensor" in str(u.target) for u in n.users)}
+    assert not any("clamp" in k or "bmm" in k or "maximum" in k for k in kinds)
+    with torch.no_grad():
+        assert torch.isfinite(converted(batches[0])).all()
+
+
+def test_dynamic_int8_quantizes_linear_layers(vit):
+    model, batches = vit
+    converted = quantize(model, batches, scheme="int8_dynamic")
+    assert any("choose_qparams" in str(n.target) for n in converted.graph.nodes)
+    with torch.no_grad():
+        assert sqnr_db(model(batches[0]), converted(batches[0])) >= 20
+
+
+def test_mixed_leaves_the_worst_layers_in_float(vit):
+    model, batches = vit
+    plain = quantize(model, batches, scheme="mixed", min_sqnr=0.0)
+    assert plain.meta["quantization"].kept_in_float == ()
+    choice = quantize(model, batches, scheme="mixed", min_sqnr=90.0, most=0.25).meta["quantization"]
+    alone = [layer.sqnr_db for layer in choice.kept_in_float]
+    assert len(alone) == choice.layers // 4 and alone == sorted(alone)
+    assert choice.sqnr_db > choice.all_int8_db
+    assert choice.kept_in_float[0].path in str(choice) and "left in float" in str(choice)
+
+
+def test_fake_quantization():
+    w = torch.tensor([[1.0, -0.5], [100.0, 3.0]])
+    assert torch.allclose(fake_weight(w)[0], w[0], atol=0.5 / 127) and (fake_weight(w)[1] - w[1]).abs().max() < 0.5
+    x = torch.linspace(-1, 3, 1000)
+    assert (fake_activation(x) - x).abs().max() <= 4 / 255 and fake_activation(x).unique().numel() <= 256
+    assert sqnr_db(x, x) == 200.0 and sqnr_db(x, 0.9 * x) == pytest.approx(20, abs=1e-3)
+
+
+def test_qat_trains_and_converts(vit):
+    model, batches = vit
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    images, labels = torch.cat(batches), torch.arange(8) % 5
+    losses = []
+
+    def finetune(module):
+        module.train()
+        optimizer = torch.optim.Adam(module.parameters(), lr=2e-3)
+        for _ in range(10):
+            for i in (0, 4):
+                loss = F.cross_entropy(module(images[i : i + 4]), labels[i : i + 4])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss))
+
+    converted = quantize_qat(model, batches, finetune, batch_size=4)
+    assert losses[-1] + losses[-2] < losses[0] + losses[1]
+    with torch.no_grad():
+        trained = F.cross_entropy(torch.cat([converted(b) for b in batches]), labels)
+        assert trained < F.cross_entropy(model(images), labels)
+    assert layers(converted, True)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    with pytest.raises(UsageError, match="do not fill"):
+        quantize_qat(model, batches, finetune, batch_size=9)
+
+
+def test_bad_requests(vit):
+    model, batches = vit
+    with pytest.raises(UsageError, match="int8"):
+        quantize(model, batches, scheme="int9")
+    with pytest.raises(UsageError, match="at least one"):
+        quantize(model, [])
+    with pytest.raises(UsageError, match="tensor of images"):
+        quantize(model, [["cat.jpg"]])
