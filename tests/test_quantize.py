@@ -91,7 +91,7 @@ def test_fake_quantization():
 
 
 def test_qat_trains_and_converts(vit):
-    model, batches = vit
+    model, batches = BACKBONES["vit"].twin()[0], vit[1]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     images, labels = torch.cat(batches), torch.arange(8) % 5
     losses = []
