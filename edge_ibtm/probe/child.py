@@ -113,8 +113,26 @@ def _reason(error: Exception) -> str:
         return text
 
 
+def _skip_exporter() -> None:
+    """Keep the runtime's bindings from importing the whole exporter (two thirds of this process's start and
+    memory).
+
+    They want one decorator of `executorch.exir._warnings`; the package around it imports torch._dynamo and
+    inductor. An empty package with the real search path lets the one module load alone.
+    """
+    from importlib.util import find_spec
+    from types import ModuleType
+
+    spec = find_spec("executorch")
+    if spec is not None and "executorch.exir" not in sys.modules:
+        package = ModuleType("executorch.exir")
+        package.__path__ = [str(Path(place) / "exir") for place in spec.submodule_search_locations or []]
+        sys.modules["executorch.exir"] = package
+
+
 def _start(request: dict[str, Any]) -> Any:
     """The runtime's bindings, with all kernels registered and the thread pool sized."""
+    _skip_exporter()
     _register_kernels()
     from executorch.extension.pybindings import portable_lib as runtime
 
