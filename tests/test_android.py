@@ -257,6 +257,8 @@ def _kill_runner(phone: FakePhone, times: int) -> list[int]:
 
 
 def test_no_phone_and_two_phones(tmp_path: Path, phone: FakePhone) -> None:
+    subprocess.run([ADB, "disconnect"], capture_output=True)
+    connect(phone)
     assert choose_device(None).serial == phone.serial
     second = connect(FakePhone(tmp_path / "second"))
     with pytest.raises(UsageError, match=rf"2 phones: .*{second.serial} \(device\).*--device android:SERIAL"):
