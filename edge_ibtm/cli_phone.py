@@ -41,7 +41,9 @@ def probe(
     profile: Annotated[bool, typer.Option("--profile", help="per-operator times (ETDump)")] = False,
     cores: Annotated[str, typer.Option(help="android: all, big, little or a list such as 4,5")] = "all",
     max_temperature: Annotated[float, typer.Option(help="android: wait until cooler, Celsius")] = 45.0,
-    runner: Annotated[Path | None, typer.Option(help="android: bundle folder; ios: benchmark .app")] = None,
+    runner: Annotated[
+        Path | None, typer.Option(help="android: bundle folder or your own executor_runner; ios: .app")
+    ] = None,
     import_file: Annotated[
         Path | None, typer.Option("--import", help="minibench JSON or executor_runner log to bring in")
     ] = None,

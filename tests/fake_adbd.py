@@ -2,8 +2,8 @@
 
 It speaks CNXN, OPEN, OKAY, WRTE and CLSE, shell with and without the v2 framing, and sync STAT, LIST, SEND
 and RECV, which is what `adb push`, `pull` and `shell` use. Commands run in this machine's /bin/sh. Absolute
-paths of the phone (/data/local/tmp, /sys) live under `root`, in commands and in the job script that is pushed, and `getprop`, `dumpsys`, `df` and `nproc` are
-small scripts in `root/bin`. Protocol:
+paths of the phone (/data/local/tmp, /sys) live under `root`, in commands and in the job script that is
+pushed, and `getprop`, `dumpsys`, `df` and `nproc` are small scripts in `root/bin`. Protocol:
 https://android.googlesource.com/platform/packages/modules/adb/+/refs/heads/main/protocol.txt
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import stat
 import struct
 import subprocess
 import threading
@@ -21,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
+
+from fake_adbd_sync import Sync
 
 CNXN, OPEN, OKAY, WRTE, CLSE, AUTH = (
     int.from_bytes(word, "little") for word in (b"CNXN", b"OPEN", b"OKAY", b"WRTE", b"CLSE", b"AUTH")
@@ -260,7 +261,7 @@ class _Stream:
         with contextlib.suppress(EOFError, OSError):
             if service.startswith("sync:"):
                 self.connection.send(OKAY, self.local, self.remote)
-                _Sync(self).serve()
+                Sync(self, self.connection.phone).serve()
             elif service.startswith(("shell,", "shell:")):
                 self.connection.send(OKAY, self.local, self.remote)
                 self._shell(service)
@@ -293,92 +294,6 @@ class _Stream:
         while data := os.read(pipe.fileno(), 32768):
             with lock, contextlib.suppress(EOFError, OSError):
                 self.write(struct.pack("<BI", number, len(data)) + data if framed else data)
-
-
-class _Sync:
-    """The file transfer service."""
-
-    def __init__(self, stream: _Stream) -> None:
-        self.stream, self.phone = stream, stream.connection.phone
-
-    def serve(self) -> None:
-        while True:
-            name, length = struct.unpack("<4sI", self.stream.read(8))
-            if name == b"QUIT":
-                return
-            argument = self.stream.read(length).decode()
-            handler = {b"STAT": self._stat, b"STA2": self._stat2, b"LST2": self._stat2, b"LIST": self._list,
-                       b"SEND": self._send, b"RECV": self._recv}.get(name)  # fmt: skip
-            if handler is None:
-                self._fail(f"unknown request {name!r}")
-                return
-            if handler in (self._stat2,):
-                self._stat2(argument, name)
-            else:
-                handler(argument)
-
-    def _fail(self, message: str) -> None:
-        self.stream.write(b"FAIL" + struct.pack("<I", len(message.encode())) + message.encode())
-
-    def _stat(self, path: str) -> None:
-        try:
-            found = os.lstat(self.phone.local(path))
-            values = (found.st_mode, found.st_size & 0xFFFFFFFF, int(found.st_mtime))
-        except OSError:
-            values = (0, 0, 0)
-        self.stream.write(b"STAT" + struct.pack("<3I", *values))
-
-    def _stat2(self, path: str, name: bytes = b"STA2") -> None:
-        try:
-            f = (os.stat if name == b"STA2" else os.lstat)(self.phone.local(path))
-            times = (int(f.st_atime), int(f.st_mtime), int(f.st_ctime))
-            values = (0, f.st_dev, f.st_ino, f.st_mode, f.st_nlink, f.st_uid, f.st_gid, f.st_size, *times)
-        except OSError as error:
-            values = (error.errno or 2, *[0] * 10)
-        self.stream.write(name + struct.pack("<IQQIIIIQqqq", *values))
-
-    def _list(self, path: str) -> None:
-        folder = self.phone.local(path)
-        for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            f, name = os.lstat(os.path.join(folder, entry)), entry.encode()
-            fields = struct.pack("<4I", f.st_mode, f.st_size & 0xFFFFFFFF, int(f.st_mtime), len(name))
-            self.stream.write(b"DENT" + fields + name)
-        self.stream.write(b"DONE" + bytes(16))
-
-    def _send(self, argument: str) -> None:
-        path, _, mode = argument.rpartition(",")
-        faults = self.phone.faults
-        if faults.cut_after_files == 0:
-            faults.cut_after_files = -1
-            self.stream.read(8)
-            self.phone.cut(faults.away_seconds)
-            raise EOFError
-        faults.cut_after_files -= 1 if faults.cut_after_files > 0 else 0
-        target = Path(self.phone.local(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.devnull if faults.full else target, "wb") as out:
-            while True:
-                name, length = struct.unpack("<4sI", self.stream.read(8))
-                if name == b"DONE":
-                    break
-                out.write(self.stream.read(length))
-        if faults.full:
-            self._fail("couldn't write: No space left on device")
-            return
-        if target.name.startswith("job.sh"):
-            target.write_text(self.phone.shell_text(target.read_text()))
-        target.chmod(stat.S_IMODE(int(mode)) | 0o600)
-        self.phone.pushed.append(path)
-        self.stream.write(b"OKAY" + bytes(4))
-
-    def _recv(self, path: str) -> None:
-        try:
-            with open(self.phone.local(path), "rb") as source:
-                while data := source.read(65536):
-                    self.stream.write(b"DATA" + struct.pack("<I", len(data)) + data)
-            self.stream.write(b"DONE" + bytes(4))
-        except OSError as error:
-            self._fail(error.strerror or "error")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:

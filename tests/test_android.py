@@ -23,7 +23,7 @@ from edge_ibtm.errors import DeviceError, UsageError
 from edge_ibtm.probe import ProbeOptions, android, host
 from edge_ibtm.probe.adb import Adb, ConnectionLost, choose_device, list_devices
 from edge_ibtm.probe.android import AndroidOptions, probe_android
-from edge_ibtm.probe.phone import Condition, Phone, choose_cores, read_condition, read_phone, wait_until_cool
+from edge_ibtm.probe.phone import read_condition, read_phone
 
 ADB = shutil.which("adb")
 pytestmark = [
@@ -223,6 +223,25 @@ class TestFaults:
             probe_android([files.pte], [[torch.zeros(1, 3, 16, 16)]], options(phone, bundle))
         assert phone.left_behind() == []
 
+    def test_a_users_own_executor_runner(
+        self, phone: FakePhone, bundle: runner.Bundle, files: Tiny, tmp_path: Path
+    ) -> None:
+        program = tmp_path / "executor_runner"
+        program.write_text(
+            '#!/bin/sh\nn=0; [ -f "$2" ] || exit 1\n'
+            'while [ $n -lt "$4" ]; do n=$((n+1)); echo "I 00:00 executor_runner: Iteration $n of $4: $n.5 ms"; done\n'
+        )
+        run = probe_android(
+            [files.vulkan], None, options(phone, bundle, runner=program, loop=replace(QUICK, samples=6))
+        )
+        (result,) = run.results
+        assert result.samples_ms == (2.5, 3.5, 4.5, 5.5, 6.5, 7.5), "one warm-up run was dropped"
+        assert result.source == "executor_runner" and result.parity is None and "not verified" in result.notes[0]
+        program.write_text("#!/bin/sh\necho no backend >&2; exit 9\n")
+        with pytest.raises(DeviceError, match="executor_runner ended with exit code 9 on the phone: no backend"):
+            probe_android([files.pte], None, options(phone, bundle, runner=program))
+        assert phone.left_behind() == []
+
     def test_wrong_outputs_are_seen(
         self, phone: FakePhone, bundle: runner.Bundle, files: Tiny, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -248,7 +267,7 @@ def _kill_runner(phone: FakePhone, times: int) -> list[int]:
         for folder in (phone.root / "data/local/tmp/edge-ibtm").glob("run-*"):
             progress, pid = folder / "progress.txt", folder / "pid"
             if pid.exists() and not (folder / "rc").exists():
-                wait_for(lambda: progress.exists() and progress.stat().st_size > 0)
+                wait_for(lambda file=progress: file.exists() and file.stat().st_size > 0)
                 killed.append(int(pid.read_text()))
                 os.kill(killed[-1], signal.SIGKILL)
 
@@ -320,29 +339,3 @@ def test_facts_and_condition(phone: FakePhone) -> None:
     phone.thermal_status(3)
     now = read_condition(adb)
     assert (now.battery, now.plugged, now.temperature, now.status) == (80, True, 31.0, 3)
-
-
-def test_cores_come_from_the_clocks() -> None:
-    big_little = {**dict.fromkeys(range(4), 1800), **dict.fromkeys(range(4, 7), 2400), 7: 3000}
-    phone = Phone("p", ("arm64-v8a",), "14", "34", "", 8, big_little)
-    assert choose_cores("all", phone) == ()
-    assert choose_cores("little", phone) == (0, 1, 2, 3)
-    assert choose_cores("big", phone) == (4, 5, 6, 7)
-    assert choose_cores("7,1", phone) == (7, 1)
-    for wrong in ("fast", "8", "-1", "1,,2"):
-        with pytest.raises(UsageError, match="--cores"):
-            choose_cores(wrong, phone)
-    with pytest.raises(DeviceError, match="--cores 4,5,6,7"):
-        choose_cores("big", replace(phone, max_khz={}))
-
-
-def test_the_gate_waits_until_it_is_cool() -> None:
-    readings = iter([(50.0, 0), (44.0, 2), (44.0, 1), (20.0, 0)])
-    said: list[str] = []
-
-    def read() -> Condition:
-        temperature, status = next(readings)
-        return Condition(80, True, temperature, status, {})
-
-    assert wait_until_cool(read, 45.0, 1.0, said.append).temperature == 44.0
-    assert len(said) == 2 and "50.0 Celsius" in said[0] and "status 2" in said[1]

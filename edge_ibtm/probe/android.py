@@ -77,6 +77,11 @@ def probe_android(
         check_pte(file)
     adb = choose_device(options.serial, reconnect_seconds=options.reconnect_seconds)
     phone = read_phone(adb)
+    if options.runner is not None and options.runner.is_file():
+        from edge_ibtm.probe.android_foreign import probe_foreign
+
+        threads = options.threads or 0
+        return probe_foreign(adb, phone, options.runner, files, options.root, options.loop, threads)
     bundle = choose_bundle(options.runner, phone)
     cores = choose_cores(options.cores, phone)
     here = run_files(files, inputs, trace=True)

@@ -88,7 +88,8 @@ class _Model:
             return list(self.method.execute(self.inputs))
         except RuntimeError as error:
             meta = self.program.metadata("forward")
-            want = [str(meta.input_tensor_meta(i)) for i in range(meta.num_inputs())]
+            infos = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
+            want = [f"{list(info.sizes())} torch.{SCALAR_TYPES[info.dtype()]}" for info in infos]
             have = [f"{list(x.shape)} {x.dtype}" for x in self.inputs]
             raise UsageError(f"{self.path} does not run on {have} ({_reason(error)}); it takes {want}") from None
 

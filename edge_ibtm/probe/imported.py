@@ -35,7 +35,7 @@ def import_results(path: str | Path, model: str | None = None, device: Device | 
     rows = _minibench_rows(text)
     if rows:
         return ProbeRun(results=tuple(_averages(rows, path)))
-    samples = [float(found[3]) for found in _ITERATION.finditer(text)]
+    samples = iterations(text)
     if not samples:
         raise UsageError(
             f"{path} holds no minibench metrics (avg_inference_latency(ms)) and no executor_runner lines "
@@ -50,6 +50,11 @@ def import_results(path: str | Path, model: str | None = None, device: Device | 
         **summary(samples),
     )
     return ProbeRun(results=(result,))
+
+
+def iterations(text: str) -> list[float]:
+    """Milliseconds of every iteration that a log of executor_runner tells, in order."""
+    return [float(found[3]) for found in _ITERATION.finditer(text)]
 
 
 def _minibench_rows(text: str) -> list[dict[str, Any]]:

@@ -1,0 +1,88 @@
+"""A user's own `executor_runner` on the phone: pushed, run once for each model, its log read.
+
+For models that need a backend our bundle does not have (Vulkan, QNN). It makes its own inputs, so nothing is
+verified, and it runs one model after the other, so no ratio is given. Tried with a stand-in that prints
+executor_runner's lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edge_ibtm.errors import DeviceError
+from edge_ibtm.probe.adb import Adb
+from edge_ibtm.probe.android_files import Store
+from edge_ibtm.probe.host import sha256_of, summary, unique_labels
+from edge_ibtm.probe.imported import iterations
+from edge_ibtm.probe.job import Outcome, run_job, stop
+from edge_ibtm.probe.loop import ProbeOptions
+from edge_ibtm.probe.phone import Phone, read_condition
+from edge_ibtm.probe.schema import Device, Latency, ProbeRun
+
+_NOTES = (
+    "taken by the user's executor_runner: inputs of its own, outputs not verified, warm-up runs dropped from its samples",
+)
+
+
+def probe_foreign(
+    adb: Adb, phone: Phone, program: Path, files: Sequence[Path], root: str, options: ProbeOptions, threads: int
+) -> ProbeRun:
+    """Run `program` (executor_runner's flags) on each file. threads 0: its own choice.
+
+    The first `options.warmup` iterations are dropped. DeviceError when it fails or logs no iterations.
+    """
+    store, folder = Store(adb, root), f"{root}/run-foreign"
+    try:
+        store.open()
+        (runner,) = store.place([program])
+        adb.shell(f"chmod 755 {runner}")
+        before = read_condition(adb)
+        outcomes = []
+        for model in store.place(list(files)):
+            adb.shell(f"rm -rf {folder} && mkdir {folder}")
+            words = [runner, "--model_path", model, "--num_executions", str(options.samples + options.warmup)]
+            words += ["--cpu_threads", str(threads)] if threads else []
+            adb.shell("logcat -c 2>/dev/null", check=False)
+            outcome = run_job(adb, folder, words, timeout=options.timeout)
+            outcomes.append((outcome, adb.shell("logcat -d -s ExecuTorch 2>/dev/null", check=False)))
+    finally:
+        stop(adb, folder)
+        store.clean(False, [folder])
+    device = Device(
+        kind="android", name=phone.name, os=f"Android {phone.android}", arch=phone.abis[0], serial=adb.serial,
+        cores=phone.cores or None, runtime=f"user's {program.name}", thermal_c_before=before.zones,
+    )  # fmt: skip
+    labels = unique_labels([file.stem for file in files])
+    return ProbeRun(
+        results=tuple(
+            Latency(
+                model=label,
+                file=str(file),
+                sha256=sha256_of(file),
+                bytes=file.stat().st_size,
+                device=device,
+                threads=threads or None,
+                source=program.name,
+                warmup_runs=options.warmup,
+                notes=_NOTES,
+                **summary(_samples(outcome, log, program, options.warmup)),
+            )
+            for label, file, (outcome, log) in zip(labels, files, outcomes, strict=True)
+        )
+    )
+
+
+def _samples(outcome: Outcome, logcat: str, program: Path, warmup: int) -> list[float]:
+    """Warm iterations from whichever place it logged them to."""
+    if outcome.code != 0:
+        last = [line for line in (outcome.stdout + outcome.stderr).splitlines() if line.strip()][-2:]
+        how = "was killed" if outcome.killed else f"ended with exit code {outcome.code}"
+        raise DeviceError(f"{program.name} {how} on the phone: {' | '.join(last) or 'it said nothing'}")
+    for text in (outcome.stdout, outcome.stderr, logcat):
+        if found := iterations(text)[warmup:]:
+            return found
+    raise DeviceError(
+        f"{program.name} logged no `Iteration i of N: X ms` lines, to its output or to logcat; is it ExecuTorch's "
+        "executor_runner with --num_executions?"
+    )
