@@ -1,0 +1,105 @@
+"""Loading one variant in its engine and timing all of them round-robin, in a process with a fixed number of threads.
+
+`python benchmarks/latency_engines.py REQUEST.json` prints one JSON line: {variant name: {samples or error}}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from latency_variants import Variant, model_of  # noqa: E402
+
+Run = Callable[[], Any]
+
+
+def _torch(request: dict[str, Any], variant: Variant, image: Any) -> Run:
+    import torch
+
+    model = model_of(request["model"], request["size"], variant, request["keep_ratio"])
+    if variant.engine == "compile":
+        model = torch.compile(model)
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(image)
+
+    return run
+
+
+def _executorch(request: dict[str, Any], variant: Variant, image: Any) -> Run:
+    from edge_ibtm.targets.runtime import load_pte
+
+    method = load_pte(Path(request["folder"]) / variant.file, request["threads"])
+    return lambda: method.execute((image,))
+
+
+def _onnxruntime(request: dict[str, Any], variant: Variant, image: Any) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = request["threads"], 1
+    path = str(Path(request["folder"]) / variant.file)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: image.numpy()}
+    return lambda: session.run(None, given)
+
+
+def _openvino(request: dict[str, Any], variant: Variant, image: Any) -> Run:
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": request["threads"], "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }  # fmt: skip
+    compiled = openvino.Core().compile_model(str(Path(request["folder"]) / variant.file), "CPU", settings)
+    asked, given = compiled.create_infer_request(), image.numpy()
+    return lambda: asked.infer([given])
+
+
+ENGINES = {
+    "torch": _torch, "compile": _torch, "executorch": _executorch, "onnxruntime": _onnxruntime, "openvino": _openvino,
+}  # fmt: skip
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Load every variant, warm all up, then time one run of each a round. Milliseconds."""
+    import torch
+
+    torch.set_num_threads(request["threads"])
+    image = torch.randn(1, 3, request["size"], request["size"], generator=torch.Generator().manual_seed(0))
+    runs: dict[str, Run] = {}
+    results: dict[str, Any] = {}
+    for given in request["variants"]:
+        variant = Variant(**given)
+        try:
+            start = time.perf_counter()
+            run = ENGINES[variant.engine](request, variant, image)
+            loaded = time.perf_counter()
+            run()
+            first = time.perf_counter()
+        except Exception as error:
+            results[variant.name] = {"error": (str(error).splitlines() or [type(error).__name__])[0][:200]}
+            continue
+        runs[variant.name] = run
+        results[variant.name] = {"load_ms": 1e3 * (loaded - start), "first_ms": 1e3 * (first - loaded), "samples": []}
+    for round_number in range(-request["warmup"], request["repeats"]):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            taken = 1e3 * (time.perf_counter() - start)
+            if round_number >= 0:
+                results[name]["samples"].append(round(taken, 4))
+    return results
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    print("RESULT " + json.dumps(measure(json.loads(Path(sys.argv[1]).read_text()))))
