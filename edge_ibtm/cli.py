@@ -7,6 +7,7 @@ before a command needs it.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -45,7 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
-    if not debug:
+    if debug:
+        os.environ["EDGE_IBTM_DEBUG"] = "1"  # for worker processes
+    else:
         _quiet()
     try:
         app(given, prog_name="edge-ibtm")
@@ -96,7 +99,6 @@ def _say(text: str) -> None:
 def _quiet() -> None:
     """Keep the libraries' warnings off the screen."""
     import logging
-    import os
     import warnings
 
     warnings.simplefilter("ignore")

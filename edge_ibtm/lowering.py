@@ -104,6 +104,8 @@ def _answer(job: LowerJob, code: int, out: str, err: str, workers: Workers) -> d
         raise EdgeIBTMError(f"lowering {Path(job.output).name} was stopped")
     if "error" in answer:
         raise (UsageError if answer.get("usage") else EdgeIBTMError)(answer["error"])
+    if os.environ.get("EDGE_IBTM_DEBUG"):
+        sys.stderr.write(err)
     last = (err.strip().splitlines() or ["it said nothing"])[-1][:300]
     how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
     raise EdgeIBTMError(f"lowering {Path(job.output).name} {how}: {last}")
@@ -127,6 +129,13 @@ def carry_out(job: LowerJob) -> dict[str, Any]:
     figures = asdict(artifact)
     figures["path"] = Path(job.output).name
     return {**figures, "lowering_seconds": time.monotonic() - start}
+
+
+def _first_cause(err: BaseException) -> str:
+    """`Kind: first line` of the exception at the bottom of the chain."""
+    while err.__cause__ or err.__context__:
+        err = err.__cause__ or err.__context__ or err
+    return f"{type(err).__name__}: {(str(err).strip().splitlines() or ['no message'])[0][:300]}"
 
 
 def _end_with_parent(parent: int) -> None:
@@ -154,6 +163,10 @@ def main(request: str) -> int:
         answer = {"error": f"cannot write {err.filename or request}: {err.strerror or err}"}
     except KeyboardInterrupt:
         return 130
+    except Exception as err:  # a backend's own; its first cause is what tells
+        answer = {"error": f"{Path(request).parent.name}: the backend failed ({_first_cause(err)})"}
+        if os.environ.get("EDGE_IBTM_DEBUG"):
+            raise
     print(json.dumps(answer, default=str))
     return 0 if "artifact" in answer else 1
 
