@@ -66,8 +66,10 @@ def breakdown(results: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     if not names or "samples" not in results.get("ours", {}):
         return []
     base = percentile(results["ours"]["samples"], 50)
-    lines = ["| density | sites | saved by fewer tokens, ms | cost of matching, ms | cost per site, ms | net, ms | MACs / base |",
-             "|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    lines = [
+        "| density | sites | saved by fewer tokens, ms | cost of matching, ms | per site, ms | net, ms | MACs / base |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
     for name in names:
         density = name.split(", ")[1]
         other = results.get(f"uniform, {density}", {}).get("samples")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def _mixed(
     first = None
     for count in _counts(len(noise), most):
         names = {layer.node for layer in noise[:count]}
-        converted = convert_static(copy.deepcopy(graph), batches, lambda n, names=names: n.name not in names and quantizable(n))
+        converted: Any = convert_static(copy.deepcopy(graph), batches, partial(_quantizable_but, names))
         with torch.no_grad():
             reached = sqnr_db(wanted, torch.cat([converted(piece) for piece in pieces]))
         first = reached if first is None else first
@@ -138,6 +139,10 @@ def _mixed(
         if reached >= min_sqnr:
             break
     return converted
+
+
+def _quantizable_but(names: set[str], node: Node) -> bool:
+    return node.name not in names and quantizable(node)
 
 
 def _layer(node: Node) -> bool:

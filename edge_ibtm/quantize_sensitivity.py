@@ -87,7 +87,7 @@ def sensitivity(
 
 def _before(graph: GraphModule, node: Node, values: dict[Node, object]) -> dict[Node, object]:
     """The values of all nodes ahead of `node`, which do not depend on it."""
-    ahead = {}
+    ahead: dict[Node, object] = {}
     for other in graph.graph.nodes:
         if other is node:
             return ahead

@@ -126,7 +126,7 @@ class SplitWindowAttention(nn.Module):
         return cls(attn)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        windows, tokens, dim = x.shape
+        windows, tokens, _ = x.shape
         joint = x.reshape(windows, tokens, -1)
         q, k, v = (layer(joint).reshape(windows, tokens, self.num_heads, -1) for layer in self.layers())
         bias = self.bias

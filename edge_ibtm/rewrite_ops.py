@@ -73,7 +73,7 @@ def _sizes(kept: list[int], dims: list[int], shape: list[int]) -> list[tuple[int
 def get_item(x: Tensor, index: Any) -> Tensor:
     """x[index] with integers as slices of one followed by a reshape (a select is left out of the delegate)."""
     index = index if isinstance(index, tuple) else (index,)
-    plain = all(isinstance(i, int | slice) and not isinstance(i, bool) or i is Ellipsis for i in index)
+    plain = all((isinstance(i, int | slice) and not isinstance(i, bool)) or i is Ellipsis for i in index)
     if not plain or not any(isinstance(i, int) for i in index):
         return torch.Tensor.__getitem__(x, index)
     if Ellipsis in index:

@@ -50,7 +50,8 @@ def verify(
 
     reference: eager or converted module, images -> logits [B, classes]. artifact: Artifact or path of a `.pte`,
     `.pt2` or `.mlpackage`. inputs: one batch [B, 3, H, W], or a list of batches, each of the lowered shape or a
-    multiple of it (cut into pieces of the lowered batch). isolated: run a `.pte` in a child process. Raises UsageError for a file that cannot be run here.
+    multiple of it (cut into pieces of the lowered batch). isolated: run a `.pte` in a child process. Raises
+    UsageError for a file that cannot be run here.
     """
     path = Path(artifact.path if isinstance(artifact, Artifact) else artifact)
     batches = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]

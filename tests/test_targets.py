@@ -41,8 +41,16 @@ def test_artifact_says_what_it_is(lowered):
     assert missing_kernels(lowered.path) == []
 
 
-@pytest.mark.parametrize("name", ["mobilevit", "efficientvit", "swin"])
-@pytest.mark.parametrize("merger", [None, "ibtm"])
+@pytest.mark.parametrize(
+    ("name", "merger"),
+    [
+        ("efficientvit", None),
+        ("vit", "ibtm"),
+        *(pytest.param(n, m, marks=pytest.mark.slow) for n, m in (
+            ("mobilevit", None), ("swin", None), ("mobilevit", "ibtm"), ("swin", "ibtm"), ("efficientvit", "ibtm")
+        )),
+    ],
+)  # fmt: skip
 def test_families_lower_to_one_subgraph_and_compute_the_same(name, merger, tmp_path):
     torch.manual_seed(1)
     model, size = BACKBONES[name].twin()
@@ -156,6 +164,7 @@ def test_portable_and_torch_targets_run(vit, tmp_path):
     assert verify(model, plain, x).sqnr_db >= 100
 
 
+@pytest.mark.slow
 def test_vulkan_lowers_and_says_that_it_cannot_run_here(vit, tmp_path):
     model, size = vit
     x = torch.randn(1, 3, size, size)
@@ -214,3 +223,23 @@ def test_cli_lower_then_verify(tmp_path):
     result = runner.invoke(app, ["verify", str(path), *common, str(weights)])
     assert result.exit_code == 0, result.output
     assert json.loads(result.output.splitlines()[-1])["sqnr_db"] > 100
+
+
+class Resizes(nn.Module):
+    """Two bilinear resizes around a convolution, as MobileViT does on maps that are no multiple of its patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.interpolate(self.conv(x), size=(6, 8), mode="bilinear", align_corners=False)
+        return nn.functional.interpolate(torch.relu(y), size=(5, 7), mode="bilinear", align_corners=False)
+
+
+def test_resizing_is_delegated(tmp_path):
+    torch.manual_seed(3)
+    model, x = Resizes().eval(), torch.randn(1, 3, 5, 7)
+    artifact = lower(model, x, tmp_path / "r.pte")
+    assert artifact.subgraphs == 1 and artifact.left_out == {}
+    assert verify(model, artifact, x).sqnr_db >= 100

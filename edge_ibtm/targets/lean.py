@@ -114,8 +114,8 @@ def _transform_needed(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 _TRIGGERS = {
-    "ConvertToUpsampleBilinear2d": ("index", "upsample"),
-    "ConvertToSDPAPass": ("scaled_dot_product",),
+    "ConvertToUpsampleBilinear2d": (),  # for decomposed resizing; the partitioner keeps it whole
+    "ConvertToSDPAPass": (),  # for decomposed fused attention; rewrite.py leaves none
     "ConvertToLinearPass": ("addmm", "aten.mm"),
     "FuseBatchNormPass": ("batch_norm",),
     "DecomposeBatchNorm": ("batch_norm",),

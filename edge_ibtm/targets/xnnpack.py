@@ -30,8 +30,8 @@ def lower_xnnpack(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> A
             edge = _to_edge(program)
             counts = delegation(edge.exported_program().graph_module)
             lowered = edge.to_executorch()
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise EdgeIBTMError(f"lowering to xnnpack failed: {first_line(error)}") from error
+    except Exception as error:  # pass managers wrap whatever a pass raised in a bare Exception
+        raise EdgeIBTMError(f"lowering to xnnpack failed: {first_line(error.__cause__ or error)}") from error
     write_program(lowered, path)
     return artifact_of(path, "xnnpack", counts)
 
