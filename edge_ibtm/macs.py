@@ -20,7 +20,7 @@ def default_size(model: nn.Module) -> int:
     """The image side a model is made for, in pixels, from its timm configuration."""
     inner: Any = getattr(model, "model", model)
     patch = getattr(inner, "patch_embed", None)
-    if getattr(patch, "img_size", None):
+    if patch is not None and getattr(patch, "img_size", None):
         return int(patch.img_size[0])
     return int((getattr(inner, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1])
 

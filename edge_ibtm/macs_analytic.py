@@ -85,7 +85,7 @@ def _site(_module: Site, tokens: Any, merged: Merged) -> int:
     metric, count = tokens.metric.shape[-1], tokens.z.shape[1]
     if merged.plan is None:
         return 0
-    shapes = [p.share.shape for p in _grid_lines(merged)] or [(tokens.z.shape[0], 0, count)]
+    shapes = [tuple(p.share.shape) for p in _grid_lines(merged)] or [(tokens.z.shape[0], 0, count)]
     return _moves(merged, tokens.z.shape[-1]) + sum(n * ((L + 1) // 2) * (L // 2) * metric for n, _, L in shapes)
 
 

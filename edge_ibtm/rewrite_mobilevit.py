@@ -1,4 +1,4 @@
-"""MobileViT's unfold and fold as one permutation each way."""
+"""MobileViT's unfold and fold by permutations of few axes, no interpolation where none is needed."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -121,7 +122,7 @@ def _without_prefix(tokens: Tokens) -> Tokens:
     p = tokens.prefix
     if not p:
         return tokens
-    cut = {name: None if (x := getattr(tokens, name)) is None else x[:, p:] for name in _FIELDS}
+    cut: dict[str, Any] = {name: None if (x := getattr(tokens, name)) is None else x[:, p:] for name in _FIELDS}
     return replace(tokens, prefix=0, **cut)
 
 

@@ -11,6 +11,7 @@ arXiv 2210.09461, section 3).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -54,7 +55,7 @@ def _pooled(length: int, keep: int, prefix: int) -> np.ndarray:
 
 @cache
 def _constant(kind: str, *size: int) -> np.ndarray:
-    makers = {
+    makers: dict[str, Callable[..., np.ndarray]] = {
         "positions": lambda n: np.arange(1, n + 1)[:, None],
         "before": lambda n: np.tril(np.ones((n, n)), -1),
         "upto": lambda n: np.triu(np.ones((n, n))),

@@ -97,7 +97,7 @@ class MergedMobileVitBlock(nn.Module):
         if self.density == "once":
             return self._patches(self.norm(transformer(self._pixels(z))))  # type: ignore[operator]
         merged = self._site(0, z, grid)
-        proportional = self.sites[0].merger.proportional and merged.plan is not None
+        proportional = bool(self.sites[0].merger.proportional) and merged.plan is not None  # type: ignore[union-attr]
         bias = size_bias(merged.size, self.patch_area) if proportional else None
         x = self._pixels(merged.x)
         y = x
@@ -144,7 +144,7 @@ def insert(model: nn.Module, settings: Settings) -> None:
         count = next(made)
         if not count:
             return block
-        inner = block.conv_kxk.conv.in_channels if settings.density == "once" else block.conv_1x1.out_channels
+        inner = block.conv_kxk.conv.in_channels if settings.density == "once" else block.conv_1x1.out_channels  # type: ignore[union-attr]
         width = inner * block.patch_area
         return MergedMobileVitBlock(block, [maker(width) for _ in range(count)], settings.density).train(block.training)
 

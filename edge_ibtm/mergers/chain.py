@@ -92,7 +92,7 @@ class LTMP(Merger):
         return compose(first, self._prune(merged_lines(tokens, first), keep)) if prunes else first
 
     def _prune(self, tokens: Tokens, keep: int) -> Route:
-        assert tokens.importance is not None
+        assert tokens.importance is not None and self.prune_threshold is not None
         scaled = tokens.importance * tokens.importance.shape[1]
         soft = torch.sigmoid((scaled - self.prune_threshold) / TEMPERATURE) if self.training else None
         return keep_top(scaled, keep, tokens.prefix, soft)

@@ -23,8 +23,9 @@ class IBStep(nn.Module):
 
     Buffers, refreshed from training data by `finetune` (all zero, hence no step, until then): centroids C [A, D] of
     pooled features, likelihood Q [A, classes], prior pi [classes], and step L [A, A], which follows from Q and pi.
-    Learned: eta > 0, the step length, from 1 / (2 beta sqrt(D)): LayerNormed tokens have length sqrt(D) and v carries 2 beta, so
-    the first step moves logits by about the spread of psi, well inside the sigmoid. The labels enter only through the buffers.
+    Learned: eta > 0, the step length, from 1 / (2 beta sqrt(D)): LayerNormed tokens have length sqrt(D) and v carries
+    2 beta, so the first step moves logits by about the spread of psi, well inside the sigmoid. The labels enter only
+    through the buffers.
     """
 
     centroids: Tensor

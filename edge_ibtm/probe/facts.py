@@ -71,7 +71,13 @@ def reset_peak() -> None:
 
 
 def peak_rss_mb() -> float | None:
-    """Peak resident memory of this process since it began, in MB."""
+    """Peak resident memory of this process since it began, in MB.
+
+    Linux hands the parent's `ru_maxrss` on to a child, so `VmHWM` is asked first.
+    """
+    own = memory_mb("VmHWM")
+    if own is not None:
+        return own
     import resource
 
     scale = 1 if platform.system() == "Darwin" else 1024
