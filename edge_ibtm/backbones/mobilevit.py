@@ -105,8 +105,9 @@ class MergedMobileVitBlock(nn.Module):
             y = layer(y, attn_mask=bias)
         if merged.plan is None:
             return self._patches(self.norm(y))  # type: ignore[operator]
-        restored = self._pixels(z + merged.copy(self._patches(y - x)))
-        return self._patches(self.norm(restored))  # type: ignore[operator]
+        restored = z + merged.copy(self._patches(y - x))
+        each = restored.reshape(restored.shape[0], -1, x.shape[-1])
+        return self.norm(each).reshape(restored.shape)  # type: ignore[operator]
 
     def _layers(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         """Every layer attends to all tokens and merges for its MLP; -> pixel sequences."""
