@@ -149,6 +149,10 @@ def _notes(done: Mapping[str, Entry], products: list[Any]) -> list[str]:
         f"{images['test']} held-out images, {len(data['classes'])} classes, {data['img_size']} px",
         f"base: {base['origin']}; top-1 {base['top1']:.1f} % where chance is {100 / len(data['classes']):.1f} %",
     ]
+    if "quantize" in done:
+        record = done["quantize"].record
+        text = f"quantized with {record.get('calibration_images')} calibration images, scheme {record.get('scheme')}"
+        notes.append(f"{text}: {record['choice']}" if record.get("choice") else text)
     if "probe" in done:
         notes.append(_probe_note(done["probe"].record["run"]))
     for product in products:

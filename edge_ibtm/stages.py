@@ -167,6 +167,7 @@ def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
     scheme, data = context.recipe.quantize.scheme, context.data
     images = [data.calibration[i][0][None] for i in range(len(data.calibration))]
     converted = quantize(context.model("finetune"), images, scheme=scheme)
+    choice = str(getattr(converted, "meta", {}).get("quantization", "")) or None
     program = torch.export.export(converted, (images[0],))
     try:
         with temporary_name(folder / CONVERTED) as name:
@@ -175,7 +176,8 @@ def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
         reason = (str(err).splitlines() or ["?"])[0]
         raise EdgeIBTMError(f"cannot write {folder / CONVERTED}: {reason}; free space or choose another --out") from None
     correct, count = count_correct(_pieces(converted), data, report=context.reporter("quantize"))
-    return {"scheme": scheme, "calibration_images": len(images), "top1": 100 * correct / count, "images": count}
+    found = {"top1": 100 * correct / count, "images": count}
+    return {"scheme": scheme, "calibration_images": len(images), "choice": choice, **found}
 
 
 def load_converted(path: Path) -> nn.Module:
