@@ -109,11 +109,13 @@ def read_bundle(folder: Path) -> Bundle | None:
 
 
 def source_folder() -> Path:
-    """apps/runner of this checkout; UsageError when the package was installed without it."""
-    sources = Path(__file__).resolve().parents[1] / "apps" / "runner"
-    if not (sources / "CMakeLists.txt").is_file():
-        raise UsageError(f"no runner sources at {sources}; install from a checkout: git clone ..., pip install -e .")
-    return sources
+    """apps/runner of this checkout, or as carried by an installed package; UsageError when there is neither."""
+    package = Path(__file__).resolve().parent
+    places = [package.parent / "apps" / "runner", package / "apps" / "runner"]
+    for place in places:
+        if (place / "CMakeLists.txt").is_file():
+            return place
+    raise UsageError(f"no runner sources at {places[0]} or {places[1]}; install from a checkout: pip install -e .")
 
 
 def executorch_version() -> str:
