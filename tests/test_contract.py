@@ -140,7 +140,12 @@ def test_export_works_twice(family: str) -> None:
         assert torch.allclose(program(images), expected, atol=1e-5)
 
 
-LOWERED = [(f, m, d) for f in BACKBONES for m in ("ibtm", "tofu") for d in BACKBONES[f].densities[:1]]
+LOWERED = [
+    pytest.param(family, merger, density, marks=[] if (merger, i) == ("ibtm", 0) else pytest.mark.slow)
+    for family in BACKBONES
+    for merger in ("ibtm", "tofu", "ltmp")
+    for i, density in enumerate(BACKBONES[family].densities)
+]
 
 
 @torch.no_grad()

@@ -78,12 +78,15 @@ def two_steps(name: str, model: str, images: Path, out: Path, *, from_scratch: b
     assert json.loads((out / "history.json").read_text())["history"]["steps"] == 4
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [n if "xs" in n else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES]
+)
 def test_recipe_fine_tunes_on_fake_data(name: str, images: Path, tmp_path: Path) -> None:
     own = load_recipe(name).model.name.split(".")[0]
     two_steps(name, TWINS.get(name.removeprefix("imagenet/"), own), images, tmp_path / "out", from_scratch=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilevit_xs", "efficientvit_b1_224", "vit_small"])
 def test_recipe_trains_from_scratch_on_fake_data(name: str, images: Path, tmp_path: Path) -> None:
     model = TWINS.get(name, load_recipe(f"imagenet/{name}").model.name.split(".")[0])
@@ -120,6 +123,7 @@ def test_train_command_says_what_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ib_command_prints_every_site(tmp_path: Path) -> None:
     file = tmp_path / "ib.json"
     done = command("ib", "--model", "mobilevit_xxs", "--merger", "ibtm", "--img-size", "64", "--images", "64",
