@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..mergers import make_merger
-from ..site import Site
+from ..site import Merged, Site
 from ..tokens import check_ratio, kept_grid
 
 UNBOUNDED = ("evit", "ats", "drop", "uniform", "identity")
@@ -125,6 +125,31 @@ class MergedBlocks(nn.Module):
         for block in self:
             x = block(x)
         return x
+
+
+class RestoringBlocks(MergedBlocks):
+    """Blocks that restore their tokens: what passes between them is the map, and the last site's plan for reuse."""
+
+    def step(self, index: int, block: nn.Module, x: Tensor, merged: Merged | None) -> tuple[Tensor, Merged | None]:
+        """One block on x, and the plan that a later block without a site may reuse."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        merged: Merged | None = None
+        for index, block in enumerate(self.blocks()):
+            x, merged = self.step(index, block, x, merged)
+        return x
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        merged: Merged | None = None
+
+        def call(index: int, block: nn.Module, x: Tensor) -> Tensor:
+            nonlocal merged
+            x, merged = self.step(index, block, x, merged)
+            return x
+
+        for index, block in enumerate(self.blocks()):
+            yield lambda x, index=index, block=block: call(index, block, x)
 
 
 def replace_modules(model: nn.Module, kind: type[nn.Module], change: Callable[[Any], nn.Module]) -> int:

@@ -6,7 +6,6 @@ the map itself is merged before the first attention block and nothing is restore
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from timm.models.efficientvit_mit import EfficientVit, EfficientVitBlock, EfficientVitStage
@@ -14,34 +13,17 @@ from torch import Tensor, nn
 
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
-from .common import Family, MergedBlocks, Settings, SiteMaker, no_attention, to_map, to_tokens
+from .common import Family, RestoringBlocks, Settings, SiteMaker, no_attention, to_map, to_tokens
 
 MODELS = tuple(f"efficientvit_b{n}" for n in range(4))
 
 
-class MergedEfficientVitBlocks(MergedBlocks):
+class MergedEfficientVitBlocks(RestoringBlocks):
     """A stage's blocks with sites; `once`: the site merges the map in front of its block instead."""
 
     def __init__(self, blocks: nn.Sequential, sites: dict[int, Site], once: bool) -> None:
         super().__init__(blocks, sites)
         self.once = once
-
-    def forward(self, x: Tensor) -> Tensor:
-        merged: Merged | None = None
-        for index, block in enumerate(self.blocks()):
-            x, merged = self.step(index, block, x, merged)
-        return x
-
-    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
-        merged: Merged | None = None
-
-        def call(index: int, block: nn.Module, x: Tensor) -> Tensor:
-            nonlocal merged
-            x, merged = self.step(index, block, x, merged)
-            return x
-
-        for index, block in enumerate(self.blocks()):
-            yield lambda x, index=index, block=block: call(index, block, x)
 
     def step(self, index: int, block: nn.Module, x: Tensor, merged: Merged | None) -> tuple[Tensor, Merged | None]:
         """One block on x [B, C, H, W]; an attention block without a site reuses the plan of the last one."""

@@ -5,7 +5,6 @@ A restored token keeps its own features and gets its merged token's update: z + 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from timm.models.swin_transformer import (
@@ -20,31 +19,14 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
-from .common import Family, MergedBlocks, Settings, SiteMaker, no_attention
+from .common import Family, RestoringBlocks, Settings, SiteMaker, no_attention
 
 MODELS = tuple(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base"))
 WINDOW = 7
 
 
-class MergedSwinBlocks(MergedBlocks):
+class MergedSwinBlocks(RestoringBlocks):
     """A stage's blocks with sites: grid layout merges rows and columns of window length, sequence layout whole windows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        merged: Merged | None = None
-        for index, block in enumerate(self.blocks()):
-            x, merged = self.step(index, block, x, merged)
-        return x
-
-    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
-        merged: Merged | None = None
-
-        def call(index: int, block: nn.Module, x: Tensor) -> Tensor:
-            nonlocal merged
-            x, merged = self.step(index, block, x, merged)
-            return x
-
-        for index, block in enumerate(self.blocks()):
-            yield lambda x, index=index, block=block: call(index, block, x)
 
     def step(self, index: int, block: nn.Module, x: Tensor, merged: Merged | None) -> tuple[Tensor, Merged | None]:
         """One block on x [B, H, W, C]; a block without a site of its own reuses the plan of the last one."""
