@@ -152,6 +152,7 @@ def _lines(tokens: Tokens, fold: Callable[[Tensor], Tensor]) -> Tokens:
         weight=_vector(tokens.weight, fold),
         penalty=_vector(tokens.penalty, fold),
         importance=_vector(tokens.importance, fold),
+        ordered=True,
     )
 
 

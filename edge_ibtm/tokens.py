@@ -53,6 +53,12 @@ def _pooled(length: int, keep: int, prefix: int) -> np.ndarray:
     return np.concatenate([np.arange(prefix), runs])[None] + 1.0
 
 
+def _odd_last(lines: int, odds: int, keep: int, prefix: int) -> np.ndarray:
+    """1-based slots [lines, 1, odds] of odd tokens that stand behind all even ones, but for those of the prefix."""
+    j = np.arange(odds)
+    return np.tile(np.where(j < prefix // 2, 2 * j + 2, keep - odds + j + 1), (lines, 1, 1))
+
+
 @cache
 def _constant(kind: str, *size: int) -> np.ndarray:
     makers: dict[str, Callable[..., np.ndarray]] = {
@@ -67,6 +73,8 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "protect_odd": lambda n, k: -_PROTECTED * (np.arange(n) * 2 + 1 < k),
         "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),
         "pooled": _pooled,
+        "prefix_even": lambda n, k: np.minimum(np.arange(n), k // 2)[None],
+        "odd_last": _odd_last,
         "head": lambda n, k: 1.0 * (np.arange(n) < k)[None],
     }
     return np.ascontiguousarray(makers[kind](*size), dtype=np.float32)
@@ -212,12 +220,17 @@ def keep_top(scores: Tensor, keep: int, prefix: int = 0, soft: Tensor | None = N
     return Route(route.slot, keep, route.matrix() * slope)
 
 
-def bipartite(scores: Tensor, keep: int, *, prefix: int = 0, soft: Tensor | None = None, drop: bool = False) -> Route:
+def bipartite(
+    scores: Tensor, keep: int, *, prefix: int = 0, soft: Tensor | None = None, drop: bool = False, ordered: bool = False
+) -> Route:
     """Merge the best-scored even tokens into their best odd partner until `keep` tokens are left.
 
     scores: [R, a, b] of even against odd tokens; equal scores go to the lower position. prefix: first tokens that stay
     as they are. soft: [R, a, 1] probabilities of merging, for straight-through training. drop: merged tokens vanish
-    instead of being averaged in (ToFu's pruning). Raises UsageError when `keep` is out of reach of one matching.
+    instead of being averaged in (ToFu's pruning). ordered: outputs stand in the order of their places, as grids need;
+    else as ToMe's code leaves them, which decides who can pair with whom at the next site: the prefix, the even tokens
+    that stay (by position, or least similar last where there is no prefix), the odd ones.
+    Raises UsageError when `keep` is out of reach of one matching.
     """
     lines, evens, odds = scores.shape
     length, remove = evens + odds, evens + odds - keep
@@ -227,14 +240,29 @@ def bipartite(scores: Tensor, keep: int, *, prefix: int = 0, soft: Tensor | None
         hard = hard + constant("protect_even", evens, prefix, like=hard)
         hard = hard + constant("protect_odd", odds, prefix, like=hard)
     top, partner = first_max(hard)
-    gone = torch.clamp(float(remove) - rank(top), 0.0, 1.0).reshape(lines, 1, evens)
-    slots = _slots(interleave(1.0 - gone, constant("stays", lines, odds, like=hard)))
-    even_slot, odd_slot = halves(slots.reshape(lines, length, 1))
-    target = (partner * odd_slot.reshape(lines, 1, odds)) @ constant("ones", odds, like=scores)
+    order = rank(top)
+    gone = torch.clamp(float(remove) - order, 0.0, 1.0).reshape(lines, 1, evens)
+    if ordered:
+        even_slot, odd_slot = _places_in_order(gone, odds)
+        target = (partner * odd_slot) @ constant("ones", odds, like=scores)
+    else:
+        even_slot = _slots(1.0 - gone) if prefix else order.reshape(lines, 1, evens) + (1.0 - float(remove))
+        if prefix > 1:
+            even_slot = even_slot + constant("prefix_even", evens, prefix, like=hard)
+        odd_slot = constant("odd_last", lines, odds, keep, prefix, like=hard)
+        target = partner @ odd_slot[:1].reshape(odds, 1)
     target = target.reshape(lines, 1, evens)
     moved = gone * target * (0.0 if drop else 1.0)
-    slot = interleave((1.0 - gone) * even_slot.reshape(lines, 1, evens) + moved, odd_slot.reshape(lines, 1, odds))
+    slot = interleave((1.0 - gone) * even_slot + moved, odd_slot)
     return Route(slot, keep, None if soft is None else _soft_matrix(soft, target, keep, odds))
+
+
+def _places_in_order(gone: Tensor, odds: int) -> tuple[Tensor, Tensor]:
+    """Slots [R, 1, a] and [R, 1, b] of even and odd tokens in the order of their places, where `gone` [R, 1, a] leave."""
+    lines, _, evens = gone.shape
+    slots = _slots(interleave(1.0 - gone, constant("stays", lines, odds, like=gone)))
+    even, odd = halves(slots.reshape(lines, evens + odds, 1))
+    return even.reshape(lines, 1, evens), odd.reshape(lines, 1, odds)
 
 
 def _soft_matrix(soft: Tensor, target: Tensor, keep: int, odds: int) -> Tensor:
@@ -260,7 +288,7 @@ def match(metric: Tensor, keep: int, *, prefix: int = 0) -> Tensor:
     """ToMe's bipartite soft matching (arXiv 2210.09461, appendix D) with deterministic ties.
 
     metric: [B, N, D] features (ToMe: attention keys averaged over heads). keep: tokens left. prefix: protected first
-    tokens. Returns the assignment S [B, keep, N], one 1 in every column; outputs are in the order of their first places.
+    tokens. Returns the assignment S [B, keep, N], one 1 in every column; outputs in ToMe's order (see `bipartite`).
     """
     return bipartite(similarity(metric), keep, prefix=prefix).matrix()
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ import edge_ibtm
 from edge_ibtm.backbones import BACKBONES, model_names
 from edge_ibtm.errors import UsageError
 from edge_ibtm.surgery import sites_of
+from edge_ibtm.tokens import kept_tokens
 
 
 def tiny_vit(**options: object) -> VisionTransformer:
@@ -22,45 +24,90 @@ def tiny_vit(**options: object) -> VisionTransformer:
     return VisionTransformer(**values).eval()  # type: ignore[arg-type]
 
 
-def published_tome_forward(vit: VisionTransformer, images: Tensor, remove: int) -> Tensor:
-    """ToMe on a ViT written from the paper (sections 3 and 4.1) with sorting and indexing, one image at a time."""
-    outputs = []
+def published_tome_forward(vit: VisionTransformer, images: Tensor, removed: list[int]) -> Tensor:
+    """ToMe on a ViT from the paper and the order of its released code, by sorting and indexing, one image at a time.
+
+    removed: tokens that go in each block. The next block's even/odd split sees the even tokens that stayed first, then
+    the odd ones, with a distillation token moved back to place 1.
+    """
+    outputs, prefix = [], vit.num_prefix_tokens
     for image in images:
         x = vit._pos_embed(vit.patch_embed(image[None]))[0]
         size = torch.ones(len(x))
-        for block in vit.blocks:
+        for block, remove in zip(vit.blocks, removed):
             attn, normed = block.attn, block.norm1(x)
             q, k, v = attn.qkv(normed).reshape(len(x), 3, attn.num_heads, -1).permute(1, 2, 0, 3)
             weights = ((q * attn.scale) @ k.transpose(1, 2) + size.log()).softmax(-1)
             x = x + block.ls1(attn.proj((weights @ v).transpose(0, 1).reshape(len(x), -1)))
-            metric = k.mean(0)
-            metric = metric / metric.norm(dim=-1, keepdim=True)
+            metric = torch.nn.functional.normalize(k.mean(0), dim=-1)
             scores = metric[::2] @ metric[1::2].T
-            scores[0] = -float("inf")
+            if prefix:
+                scores[0] = -float("inf")
+            if prefix > 1:
+                scores[:, 0] = -float("inf")
             best, partner = scores.max(-1)
-            gone = torch.argsort(best, descending=True)[:remove]
-            mass, total = x * size[:, None], size.clone()
-            for even in gone.tolist():
-                mass[2 * partner[even] + 1] += mass[2 * even]
-                total[2 * partner[even] + 1] += total[2 * even]
-            keep = torch.ones(len(x), dtype=torch.bool)
-            keep[2 * gone] = False
-            x, size = (mass / total[:, None])[keep], total[keep]
+            order = torch.argsort(best, descending=True)
+            gone, stay = order[:remove], order[remove:]
+            stay = stay.sort().values if prefix else stay
+            rows = torch.cat([x * size[:, None], size[:, None]], 1)
+            odd = rows[1::2].index_add(0, partner[gone], rows[::2][gone])
+            rows = torch.cat([rows[::2][stay], odd])
+            if prefix > 1:
+                dist = len(stay)
+                rows = rows[[0, dist, *range(1, dist), *range(dist + 1, len(rows))]]
+            x, size = rows[:, :-1] / rows[:, -1:], rows[:, -1]
             x = x + block.ls2(block.mlp(block.norm2(x)))
-        outputs.append(vit.head(vit.norm(x[None])[:, 0]))
+        outputs.append(vit.forward_head(vit.norm(x[None])))
     return torch.cat(outputs)
 
 
+def per_block(tokens: int, remove: int, depth: int, counted: int = 0) -> tuple[list[int], list[float]]:
+    """ToMe's constant schedule: tokens removed in each block (at most half), and the keep ratios that say so.
+
+    tokens: without class token; counted: prefix tokens that the ratios count in.
+    """
+    removed, ratios = [], []
+    for _ in range(depth):
+        removed.append(min(remove, tokens // 2))
+        ratios.append((tokens + counted - removed[-1]) / (tokens + counted))
+        tokens -= removed[-1]
+    return removed, ratios
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("remove", [4, 9])
-def test_tome_equals_the_published_method_on_a_vit(remove: int) -> None:
-    vit, images = tiny_vit(init_values=0.7), torch.randn(3, 3, 32, 32)
-    expected = published_tome_forward(vit, images, remove)
-    left = [64 - remove * i for i in range(4)]
-    ratios = [after / before for before, after in zip(left, left[1:])]
+@pytest.mark.parametrize(("remove", "counted"), [(8, 0), (13, 1), (16, 0)])
+def test_tome_equals_the_published_method_on_a_deit(remove: int, counted: int) -> None:
+    vit, images = tiny_vit(img_size=224, patch_size=16, depth=12, init_values=0.7), torch.randn(2, 3, 224, 224)
+    removed, ratios = per_block(196, remove, 12, counted)
+    expected, base = published_tome_forward(vit, images, removed), vit(images)
     edge_ibtm.insert_mergers(vit, merger="tome", keep_ratio=ratios, density="block")
+    assert torch.allclose(vit(images), expected, atol=1e-5) and not torch.allclose(base, expected, atol=1e-4)
+    left = [t.assignment.shape[2] - t.assignment.shape[1] for t in edge_ibtm.merge_trace(vit, images)]
+    assert left == [r for r in removed if r]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["distilled", "pooled", "registers"])
+def test_tome_equals_the_published_method_with_other_prefixes(kind: str) -> None:
+    torch.manual_seed(0)
+    values = dict(img_size=64, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=7)
+    if kind == "distilled":
+        vit = VisionTransformerDistilled(**values).eval()
+    else:
+        vit = tiny_vit(**values, **({"class_token": False, "global_pool": "avg"} if kind == "pooled" else {"reg_tokens": 1}))
+    images, (removed, ratios) = torch.randn(2, 3, 64, 64), per_block(64, 7, 4)
+    expected = published_tome_forward(vit, images, removed)
+    edge_ibtm.insert_mergers(vit, merger="tome", keep_ratio=ratios, density="block")
+    if kind == "pooled":
+        vit.blocks.restore = False
     assert torch.allclose(vit(images), expected, atol=1e-5)
-    assert [t.assignment.shape[1] for t in edge_ibtm.merge_trace(vit, images)] == [n + 1 for n in left[1:]]
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_a_ratio_of_counts_keeps_that_count(prefix: int) -> None:
+    for free in range(4, 800, 7):
+        for remove in range(free // 2 + 1):
+            assert kept_tokens(free + prefix, (free - remove) / free, prefix) == free + prefix - remove
 
 
 @torch.no_grad()

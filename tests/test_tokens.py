@@ -47,11 +47,23 @@ def test_match_merges_the_pairs_that_tome_merges(case: tuple[int, int, int]) -> 
     assert slots.unique(dim=1).shape[0] == 2
 
 
+def test_outputs_stand_as_their_places_or_as_tome_leaves_them() -> None:
+    metric = torch.randn(3, 13, 8)
+    scores = tokens.similarity(metric)
+    ordered = tokens.bipartite(scores, 9, ordered=True).matrix()
+    loose = tokens.bipartite(scores, 9).matrix()
+    for image in range(3):
+        groups = [sorted(r.nonzero()[:, 0].tolist()) for r in ordered[image]]
+        assert sorted(map(str, groups)) == sorted(str(sorted(r.nonzero()[:, 0].tolist())) for r in loose[image])
+        ends = [next((n for n in g if n % 2), g[0]) for g in groups]
+        assert ends == sorted(ends)
+
+
 def test_ties_go_to_the_lower_position_and_repeat() -> None:
     same = torch.ones(1, 8, 4)
     first = tokens.match(same, 6)
     assert torch.equal(first, tokens.match(same, 6))
-    assert first[0].argmax(0).tolist() == [0, 0, 0, 1, 2, 3, 4, 5]
+    assert first[0].argmax(0).tolist() == [2, 2, 2, 3, 0, 4, 1, 5]
 
 
 def test_near_ties_are_told_apart_exactly() -> None:

@@ -18,7 +18,8 @@ class Tokens:
     prefix: first tokens that stay; depth: 0..1, how deep in the backbone; weight [B, N] how much a token counts;
     penalty [B, N] lowers the score of a token that would disappear; importance [B, N] what pruners keep;
     logits [B, N] IBTM's mask carried from site to site; class_attention / received_attention: functions that give
-    [B, N] from the block's own attention, or None where there is none.
+    [B, N] from the block's own attention, or None where there is none; ordered: whether outputs must keep the order of
+    their places (lines of a grid).
     """
 
     z: Tensor
@@ -32,6 +33,7 @@ class Tokens:
     logits: Tensor | None = None
     class_attention: Callable[[], tuple[Tensor, Tensor]] | None = None
     received_attention: Callable[[], Tensor] | None = None
+    ordered: bool = False
 
     def mass(self) -> Tensor:
         """w s [B, N]."""

@@ -88,7 +88,7 @@ class LTMP(Merger):
         half = keep + (length - keep) // 2 if prunes else keep
         scores = similarity(tokens.metric)
         soft = threshold_mask(scores, self.merge_threshold) if self.training else None
-        first = bipartite(scores, half, prefix=tokens.prefix, soft=soft)
+        first = bipartite(scores, half, prefix=tokens.prefix, ordered=tokens.ordered, soft=soft)
         return compose(first, self._prune(merged_lines(tokens, first), keep)) if prunes else first
 
     def _prune(self, tokens: Tokens, keep: int) -> Route:

@@ -18,7 +18,7 @@ class RandomMerge(Merger):
     def route(self, tokens: Tokens, keep: int) -> Route:
         lines, length, _ = tokens.metric.shape
         scores = constant("random", (length + 1) // 2, length // 2, self.seed, like=tokens.metric)
-        return bipartite(scores.expand(lines, -1, -1), keep, prefix=tokens.prefix)
+        return bipartite(scores.expand(lines, -1, -1), keep, prefix=tokens.prefix, ordered=tokens.ordered)
 
 
 class RandomDrop(Merger):

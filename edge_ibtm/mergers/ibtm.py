@@ -123,4 +123,4 @@ class IBTM(Merger):
         if tokens.penalty is not None:
             scores = scores - halves(tokens.penalty.reshape(*tokens.penalty.shape, 1))[0]
         soft = threshold_mask(scores, self.threshold) if self.training else None
-        return bipartite(scores, keep, prefix=tokens.prefix, soft=soft)
+        return bipartite(scores, keep, prefix=tokens.prefix, ordered=tokens.ordered, soft=soft)

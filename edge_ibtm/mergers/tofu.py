@@ -13,7 +13,8 @@ class ToFu(ToMe):
     """ToMe's pairs; the disappearing token is dropped early and averaged in, norm-preserving, late."""
 
     def route(self, tokens: Tokens, keep: int) -> Route:
-        return bipartite(similarity(tokens.metric), keep, prefix=tokens.prefix, drop=tokens.depth < LATE)
+        scores, early = similarity(tokens.metric), tokens.depth < LATE
+        return bipartite(scores, keep, prefix=tokens.prefix, ordered=tokens.ordered, drop=early)
 
     def preserves_norm(self, tokens: Tokens) -> bool:
         return tokens.depth >= LATE
@@ -25,7 +26,8 @@ class MaskedToFu(MaskedToMe):
     def route(self, tokens: Tokens, keep: int) -> Route:
         scores = similarity(tokens.metric)
         soft = threshold_mask(scores, self.threshold) if self.training else None
-        return bipartite(scores, keep, prefix=tokens.prefix, soft=soft, drop=tokens.depth < LATE)
+        early = tokens.depth < LATE
+        return bipartite(scores, keep, prefix=tokens.prefix, ordered=tokens.ordered, soft=soft, drop=early)
 
     def preserves_norm(self, tokens: Tokens) -> bool:
         return tokens.depth >= LATE

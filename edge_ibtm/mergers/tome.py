@@ -20,7 +20,7 @@ class ToMe(Merger):
     """Merges the most similar pairs; nothing is learned."""
 
     def route(self, tokens: Tokens, keep: int) -> Route:
-        return bipartite(similarity(tokens.metric), keep, prefix=tokens.prefix)
+        return bipartite(similarity(tokens.metric), keep, prefix=tokens.prefix, ordered=tokens.ordered)
 
 
 class MaskedToMe(Merger):
@@ -33,4 +33,4 @@ class MaskedToMe(Merger):
     def route(self, tokens: Tokens, keep: int) -> Route:
         scores = similarity(tokens.metric)
         soft = threshold_mask(scores, self.threshold) if self.training else None
-        return bipartite(scores, keep, prefix=tokens.prefix, soft=soft)
+        return bipartite(scores, keep, prefix=tokens.prefix, ordered=tokens.ordered, soft=soft)
