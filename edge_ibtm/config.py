@@ -117,7 +117,7 @@ class MergeSection(Section):
     merger: str = Field(default="ibtm", description="a name of `edge-ibtm list`")
     keep_ratio: Ratio = 0.7
     layout: Literal["auto", "grid", "sequence"] = "auto"
-    density: Literal["auto", "block", "stage", "once"] = "auto"
+    density: Literal["auto", "block", "stage", "once", "progressive"] = "auto"
 
 
 class QuantizeSection(Section):

@@ -47,7 +47,9 @@ def insert_mergers(
     merger: a name of `mergers.MERGERS`, or `a+b` for a merger followed by a pruner. keep_ratio: tokens kept / tokens
     entering, for all sites or a list with one a site (ViT: a single ratio is what is left after the last site). macs:
     instead, the share of the base model's multiply-accumulates to meet; the keep ratio is solved for it, at img_size
-    (default: the model's own). layout: sequence, grid or auto; density: how often to match, block, stage, once or auto.
+    (default: the model's own). layout: sequence, grid or auto; density: how often to match, block, stage, once or auto;
+    MobileViT has "progressive" too: its blocks merge a bit in each of their first two layers, between attention and MLP
+    (a single ratio is what both leave; the list 0.7, 1, 0.7, 1, ... merges at once in the first), and restore at their end.
 
     Raises UsageError for an unknown name, a ratio outside (0, 1], a pair without meaning, or a model without tokens.
     """
@@ -121,7 +123,7 @@ def _matrix(merged: Merged) -> Tensor:
 def _choose(kind: str, value: str, known: tuple[str, ...], family: str) -> str:
     if value == "auto":
         return known[0]
-    everywhere = {"layout": ("sequence", "grid"), "density": ("block", "stage", "once")}[kind]
+    everywhere = {"layout": ("sequence", "grid"), "density": ("block", "stage", "once", "progressive")}[kind]
     lookup(kind, value, dict.fromkeys(everywhere))
     if value not in known:
         raise UsageError(f"{kind} {value!r} has no meaning for {family}; it has {', '.join(known)}")

@@ -110,30 +110,64 @@ def test_a_ratio_of_counts_keeps_that_count(prefix: int) -> None:
             assert kept_tokens(free + prefix, (free - remove) / free, prefix) == free + prefix - remove
 
 
+EVERY = [(f.name, density) for f in BACKBONES.values() for density in f.densities]
+FEATURES = {
+    "mobilevit": ("mobilevit_xxs", {}), "efficientvit": ("efficientvit_b0", {}),
+    "vit": ("vit_tiny_patch16_224", {"img_size": 96}), "swin": ("swin_tiny_patch4_window7_224", {"img_size": 112}),
+}  # fmt: skip
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", BACKBONES)
-def test_intermediate_features_have_the_original_grid(family: str) -> None:
+@pytest.mark.parametrize(("family", "density"), EVERY)
+def test_intermediate_features_have_the_original_grid(family: str, density: str) -> None:
     model, side = BACKBONES[family].twin()
     images = torch.randn(2, 3, side, side)
     before = [f.shape for f in model.forward_intermediates(images, intermediates_only=True)]
-    density = next(d for d in BACKBONES[family].densities if d != "once" or family == "vit")
     edge_ibtm.insert_mergers(model, keep_ratio=0.6, density=density)
+    output = model(images)
     after = model.forward_intermediates(images, intermediates_only=True)
     assert [f.shape for f in after] == before
     assert all(torch.isfinite(f).all() for f in after)
+    assert torch.equal(model(images), output)
+    deepest = len(before) - 1
+    few = model.forward_intermediates(images, indices=[deepest - 1], intermediates_only=True, stop_early=True)
+    assert torch.allclose(few[0], after[deepest - 1], atol=1e-6)
 
 
 @torch.no_grad()
-def test_features_only_models_take_mergers() -> None:
-    images = torch.randn(1, 3, 128, 128)
-    model = timm.create_model("mobilevit_xxs", features_only=True).eval()
-    shapes = [f.shape for f in model(images)]
-    edge_ibtm.insert_mergers(model, merger="tome")
-    assert len(sites_of(model)) == 3
-    assert [f.shape for f in model(images)] == shapes
-    vit = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=64, out_indices=[0, 11]).eval()
-    edge_ibtm.insert_mergers(vit, merger="tome")
-    assert [tuple(f.shape) for f in vit(torch.randn(1, 3, 64, 64))] == [(1, 192, 4, 4)] * 2
+@pytest.mark.parametrize(("family", "density"), EVERY)
+def test_features_only_models_have_the_original_grid(family: str, density: str) -> None:
+    name, options = FEATURES[family]
+    model = timm.create_model(name, features_only=True, **options).eval()
+    images = torch.randn(1, 3, *[options.get("img_size", 160)] * 2)
+    before, text = model(images), str(model)
+    edge_ibtm.insert_mergers(model, merger="tome", keep_ratio=0.6, density=density)
+    assert sites_of(model)
+    after = model(images)
+    assert [f.shape for f in after] == [f.shape for f in before]
+    assert not torch.allclose(after[-1], before[-1], atol=1e-6)
+    edge_ibtm.remove_mergers(model)
+    assert str(model) == text and all(torch.equal(a, b) for a, b in zip(model(images), before))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "efficientvit_b0"])
+def test_features_of_a_map_merged_once_are_copies(name: str) -> None:
+    """At the site's resolution, places that merged have equal features, and they are those of the merged map."""
+    model, images = edge_ibtm.build_model(name), torch.randn(1, 3, 192, 192)
+    edge_ibtm.insert_mergers(model, merger="tome", keep_ratio=0.6, density="once")
+    (trace,) = edge_ibtm.merge_trace(model, images)
+    index, patch = int(trace.path.split(".")[1]), 2 if name.startswith("mobile") else 1
+    x = model.stem(images)
+    for stage in list(model.stages.children())[: index + 1]:
+        x = stage(x)
+    features = model.forward_intermediates(images, intermediates_only=True)
+    shift = len(features) - len(list(model.stages.children()))
+    got = features[index + shift]
+    side = int(trace.assignment.shape[2] ** 0.5) * patch
+    assert got.shape[-2:] == (side, side) and x.shape[-1] < side
+    merged = nn.functional.unfold(x, patch, stride=patch)
+    assert torch.allclose(nn.functional.unfold(got, patch, stride=patch), merged @ trace.assignment[0], atol=1e-6)
 
 
 @torch.no_grad()

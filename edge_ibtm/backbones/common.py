@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +151,17 @@ class RestoringBlocks(MergedBlocks):
 
         for index, block in enumerate(self.blocks()):
             yield lambda x, index=index, block=block: call(index, block, x)
+
+
+@contextmanager
+def captured(module: nn.Module) -> Iterator[list[Any]]:
+    """Collect what a module returns while the context lasts; nothing stays on the module."""
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda _m, _i, out: outputs.append(out))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def replace_modules(model: nn.Module, kind: type[nn.Module], change: Callable[[Any], nn.Module]) -> int:

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
 from .common import Family, RestoringBlocks, Settings, SiteMaker, no_attention, to_map, to_tokens
+from .once import forget_features, restore_features
 
 MODELS = tuple(f"efficientvit_b{n}" for n in range(4))
 
 
 class MergedEfficientVitBlocks(RestoringBlocks):
     """A stage's blocks with sites; `once`: the site merges the map in front of its block instead."""
+
+    patch_size = (1, 1)
 
     def __init__(self, blocks: nn.Sequential, sites: dict[int, Site], once: bool) -> None:
         super().__init__(blocks, sites)
@@ -65,6 +68,8 @@ def insert(model: nn.Module, settings: Settings) -> None:
         width = stage.blocks[indices[0]].local_module.main.inverted_conv.conv.in_channels
         sites = {i: maker(width) for i in indices}
         stage.blocks = MergedEfficientVitBlocks(stage.blocks, sites, once)
+    if once:
+        restore_features(model)
 
 
 def remove(model: nn.Module) -> None:
@@ -72,6 +77,7 @@ def remove(model: nn.Module) -> None:
     for stage in [m for m in model.modules() if isinstance(m, EfficientVitStage)]:
         if isinstance(stage.blocks, MergedEfficientVitBlocks):
             stage.blocks = stage.blocks.restored()
+    forget_features(model)
 
 
 def twin() -> tuple[nn.Module, int]:

@@ -1,13 +1,16 @@
-"""MobileViT: tokens are merged at the entry of each MobileViT block, or between attention and MLP of its layers.
+"""MobileViT: tokens are merged at the entry of each MobileViT block (density "stage"), between attention and MLP of every
+layer ("block"), of the first two layers for good ("progressive"), or in the map before the first block ("once").
 
 A token here is a whole 2 x 2 patch (4 C features): its four pixels merge together, so the fold still works, and matching is
-done once instead of four times. At the entry, tokens stay merged for all layers of the block; a restored token keeps its
-own features and gets its merged token's update.
+done once instead of four times. Merged at the entry or progressively, tokens stay merged for the block's later layers; a
+restored token keeps its own features and gets its merged token's update.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +22,8 @@ from torch import Tensor, nn
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
 from .common import Family, Settings, SiteMaker, no_attention, replace_modules
-from .vit import attention_half, mlp_half, size_bias
+from .once import forget_features, restore_features
+from .vit import attention_half, mlp_half, size_bias, spread
 
 MODELS = tuple(f"mobilevit_{size}" for size in ("xxs", "xs", "s"))
 
@@ -96,6 +100,8 @@ class MergedMobileVitBlock(nn.Module):
             return self._patches(self.norm(self._layers(z, grid)))  # type: ignore[operator]
         if self.density == "once":
             return self._patches(self.norm(transformer(self._pixels(z))))  # type: ignore[operator]
+        if self.density == "progressive":
+            return self._normed(self._progressive(z, grid))
         merged = self._site(0, z, grid)
         proportional = bool(self.sites[0].merger.proportional) and merged.plan is not None  # type: ignore[union-attr]
         bias = size_bias(merged.size, self.patch_area) if proportional else None
@@ -105,9 +111,33 @@ class MergedMobileVitBlock(nn.Module):
             y = layer(y, attn_mask=bias)
         if merged.plan is None:
             return self._patches(self.norm(y))  # type: ignore[operator]
-        restored = z + merged.copy(self._patches(y - x))
-        each = restored.reshape(restored.shape[0], -1, x.shape[-1])
-        return self.norm(each).reshape(restored.shape)  # type: ignore[operator]
+        return self._normed(z + merged.copy(self._patches(y - x)))
+
+    def _normed(self, tokens: Tensor) -> Tensor:
+        """The norm of every pixel of patch tokens [B, N, area * C]."""
+        each = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1] // self.patch_area)
+        return self.norm(each).reshape(tokens.shape)  # type: ignore[operator]
+
+    def _progressive(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The first layers merge a bit each for their MLP and all that follows; -> patch tokens, restored step by step."""
+        x, bias = self._pixels(z), None
+        size, logits = ones(z), None
+        steps: list[tuple[Tensor, Merged]] = []
+        for index, layer in enumerate(self.transformer):  # type: ignore[arg-type]
+            x = attention_half(layer, x, bias)
+            if index < len(self.sites):
+                before = self._patches(x)
+                merged = self.sites[index](Tokens(before, size, before, logits=logits), grid)
+                size, logits, grid = merged.size, merged.merged_logits, merged.grid
+                if merged.plan is not None:
+                    steps.append((before, merged))
+                    x = self._pixels(merged.x)
+                    bias = size_bias(size, self.patch_area) if self.sites[index].merger.proportional else None  # type: ignore[union-attr]
+            x = mlp_half(layer, x)
+        y = self._patches(x)
+        for before, merged in reversed(steps):
+            y = before + merged.copy(y - merged.x)
+        return y
 
     def _layers(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         """Every layer attends to all tokens and merges for its MLP; -> pixel sequences."""
@@ -134,10 +164,20 @@ class MergedMobileVitBlock(nn.Module):
 
 
 def insert(model: nn.Module, settings: Settings) -> None:
-    """Put sites into every MobileViT block found in `model`; with density "once" into the first only."""
+    """Put sites into every MobileViT block found in `model`; with density "once" into the first only.
+
+    With density "progressive" the first two layers of each block have one, and a single keep ratio is what is left after
+    the second.
+    """
     blocks: list[Any] = [m for m in model.modules() if isinstance(m, MobileVitBlock)]
-    counts = {"stage": [1] * len(blocks), "once": [1] + [0] * (len(blocks) - 1)}
-    sites = counts.get(settings.density, [len(b.transformer) for b in blocks])
+    counts = {
+        "stage": [1] * len(blocks), "once": [1] + [0] * (len(blocks) - 1), "block": [len(b.transformer) for b in blocks],
+        "progressive": [min(2, len(b.transformer)) for b in blocks],
+    }  # fmt: skip
+    sites = counts[settings.density]
+    if settings.density == "progressive" and not isinstance(settings.keep_ratio, Sequence):
+        ratios = [r for count in sites for r in spread(settings.keep_ratio, count)]
+        settings = replace(settings, keep_ratio=ratios)
     maker = SiteMaker(settings, sum(sites))
     made = iter(sites)
 
@@ -150,11 +190,14 @@ def insert(model: nn.Module, settings: Settings) -> None:
         return MergedMobileVitBlock(block, [maker(width) for _ in range(count)], settings.density).train(block.training)
 
     replace_modules(model, MobileVitBlock, change)
+    if settings.density == "once":
+        restore_features(model)
 
 
 def remove(model: nn.Module) -> None:
     """Take the sites out again."""
     replace_modules(model, MergedMobileVitBlock, lambda merged: merged.restored())
+    forget_features(model)
 
 
 def twin() -> tuple[nn.Module, int]:
@@ -168,7 +211,7 @@ MOBILEVIT = Family(
     name="mobilevit",
     models=MODELS,
     layouts=("grid", "sequence"),
-    densities=("stage", "block", "once"),
+    densities=("stage", "block", "once", "progressive"),
     handles=lambda model: any(
         isinstance(m, MobileVitBlock) and all(isinstance(b, Block) for b in m.transformer) for m in model.modules()
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
-from .common import Family, MergedBlocks, Settings, SiteMaker, replace_modules
+from .common import Family, MergedBlocks, Settings, SiteMaker, captured, replace_modules
 
 MODELS = (
     *(f"vit_{size}_patch16_{pixels}" for size in ("tiny", "small", "base") for pixels in (224, 384)),
@@ -24,17 +24,6 @@ MODELS = (
     *(f"deit3_{size}_patch16_224" for size in ("small", "base")),
     *(f"vit_{size}_patch14_{kind}dinov2" for size in ("small", "base") for kind in ("", "reg4_")),
 )
-
-
-@contextmanager
-def captured(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module returns while the context lasts; nothing stays on the module."""
-    outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _m, _i, out: outputs.append(out))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 def attention_half(block: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,98 @@
+"""Density "once": the map stays merged through all later stages; features on demand are restored to the original grid.
+
+timm takes features by iterating over a model's stages (forward_intermediates) or over a FeatureListNet (features_only).
+Iterating over what is put in their place gives callables that pass the merged map on among themselves and return the
+restored one; calling runs the merged map through, and costs nothing more.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models import FeatureListNet
+from torch import Tensor, nn
+
+from ..plan import GridPlan
+from ..site import Merged
+from .common import captured, replace_modules
+
+
+def restore_map(x: Tensor, merged: Merged, patch: tuple[int, int], reduction: int) -> Tensor:
+    """A merged map [B, C, h', w'] of the site's stage or a later one on the grid it would have had: [B, C, h, w].
+
+    merged: what the site did, to patches of patch = (height, width) pixels. reduction: how much coarser x is than the
+    map at the site. x is copied up to the site's resolution, every merged patch back to the places it came from, and
+    averaged over the places that one pixel of x stands for.
+    """
+    assert isinstance(merged.plan, GridPlan) and merged.grid is not None
+    (ph, pw), (height, width), full = patch, merged.grid, merged.plan.grid
+    x = F.interpolate(x, size=(height * ph, width * pw), mode="nearest")
+    batch, channels = x.shape[:2]
+    tokens = x.reshape(batch, channels, height, ph, width, pw).permute(0, 2, 4, 3, 5, 1)
+    tokens = merged.copy(tokens.reshape(batch, height * width, ph * pw * channels))
+    x = tokens.reshape(batch, *full, ph, pw, channels).permute(0, 5, 1, 3, 2, 4)
+    return F.avg_pool2d(x.reshape(batch, channels, full[0] * ph, full[1] * pw), reduction, ceil_mode=True)
+
+
+def restoring(stages: Iterable[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """One callable a stage: takes what the one before returned, returns the stage's map on the original grid."""
+    merged: Merged | None = None
+    patch, reduction, held = (1, 1), 1, Tensor()
+
+    def call(stage: nn.Module, x: Tensor) -> Tensor:
+        nonlocal merged, patch, reduction, held
+        owner: Any = next((m for m in stage.modules() if hasattr(m, "sites")), None)
+        if owner is not None:
+            with captured(next(iter(dict(owner.sites.named_children()).values()))) as seen:
+                held = stage(x)
+            merged, patch = (seen[0] if seen and seen[0].plan is not None else None), owner.patch_size
+        elif merged is not None:
+            held, reduction = stage(held), reduction * stride_of(stage)
+        else:
+            return stage(x)  # type: ignore[no-any-return]
+        return held if merged is None else restore_map(held, merged, patch, reduction)
+
+    for stage in stages:
+        yield lambda x, stage=stage: call(stage, x)
+
+
+def stride_of(stage: nn.Module) -> int:
+    """How much a stage reduces its map: by one strided convolution, beside whose shortcut others may stand."""
+    return max((m.stride[0] for m in stage.modules() if isinstance(m, nn.Conv2d)), default=1)
+
+
+class MergedStages(nn.Sequential):
+    """A model's stages, one of which merges the map for good."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.children():
+            x = stage(x)
+        return x
+
+    def __iter__(self) -> Iterator[Any]:
+        return restoring(self.children())
+
+
+class MergedFeatures(FeatureListNet):
+    """timm's features_only net over such stages; timm walks its items."""
+
+    def items(self) -> Any:
+        return zip(self.keys(), restoring(self.values()))
+
+
+def restore_features(model: nn.Module) -> None:
+    """Let features of a model that merges once be taken on the original grid."""
+    for parent in [m for m in model.modules() if isinstance(getattr(m, "stages", None), nn.Sequential)]:
+        parent.stages = MergedStages(OrderedDict(parent.stages.named_children()))  # type: ignore[operator, union-attr]
+    for net in [m for m in model.modules() if type(m) is FeatureListNet]:
+        net.__class__ = MergedFeatures
+
+
+def forget_features(model: nn.Module) -> None:
+    """Undo `restore_features`."""
+    replace_modules(model, MergedStages, lambda merged: nn.Sequential(OrderedDict(merged.named_children())))
+    for net in [m for m in model.modules() if type(m) is MergedFeatures]:
+        net.__class__ = FeatureListNet
