@@ -52,8 +52,14 @@ class Cell:
 
 
 def _no_penalty(m: IBTM) -> None:
-    m.log_lambda.data.fill_(-30.0)
-    m.log_lambda.requires_grad_(False)
+    if m.log_lambda is not None:
+        m.log_lambda.data.fill_(-30.0)
+        m.log_lambda.requires_grad_(False)
+
+
+def _free_pairs(m: IBTM) -> None:
+    fresh = IBTM(1)
+    m.log_lambda, m.threshold = fresh.log_lambda, fresh.threshold
 
 
 def _fixed_eta(m: IBTM) -> None:
@@ -70,16 +76,21 @@ VARIANTS: dict[str, Callable[[IBTM], Any]] = {
     "ibtm": lambda m: None,
     "ibtm-hard_only": lambda m: setattr(m, "soft_weights", False),
     "ibtm-no_lambda": _no_penalty,
-    "ibtm-paper_bound": lambda m: setattr(m.information, "conditional", False),
+    "ibtm-paper_step": lambda m: setattr(m.information, "conditional", False),
+    "ibtm-free_pairs": _free_pairs,
     "ibtm-fixed_eta": _fixed_eta,
     "ibtm-no_step": _no_step,
 }
-# ablations of the training of IBTM: fields of FinetuneConfig
+# what IBTM is trained with besides cross-entropy, and ablations of it: fields of FinetuneConfig
+RECIPE: dict[str, Any] = {"lambda_ib": 0.3, "ib_start": 0.0, "ib_conditional": False, "distill": 1.0}
 TRAINING: dict[str, dict[str, Any]] = {
+    "ibtm-plain": {"lambda_ib": 0.0, "distill": 0.0},
     "ibtm-no_ib_loss": {"lambda_ib": 0.0},
-    "ibtm-distilled": {"distill": 1.0},
-    "tome-distilled": {"distill": 1.0},
+    "ibtm-no_distill": {"distill": 0.0},
+    "ibtm-conditional_loss": {"ib_conditional": True},
     "ibtm-half_clusters": {"ib_clusters": 5},
+    "tome-distilled": {"distill": 1.0},
+    "uniform-distilled": {"distill": 1.0},
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_cells import TRAINING, VARIANTS, Cell, insert, pack, rounded, write
+from accuracy_cells import RECIPE, TRAINING, VARIANTS, Cell, insert, pack, rounded, write
 from accuracy_data import asset, load_set
 from torch import nn
 
@@ -27,7 +27,8 @@ from edge_ibtm.macs import count_macs
 
 SIDE, CLASSES = 128, 10
 RUNS = Path(__file__).parent.parent / "runs"
-MODELS = ("mobilevit_xxs", "efficientvit_b0")
+LR = {"mobilevit_xxs": 3e-4, "efficientvit_b0": 1e-3}  # EfficientViT has a map merged for good to get used to
+MODELS = tuple(LR)
 METHODS = (
     "identity", "ibtm", "tome", "tofu", "ltmp", "tome_ltmp", "tofu_ltmp", "uniform", "random", "drop",
     "lower_resolution",
@@ -57,13 +58,18 @@ def cells(grid: Grid = Grid()) -> list[Cell]:
         for ratio in grid.ratios:
             for images in grid.images:
                 for model in grid.models:
-                    methods = METHODS + (ABLATIONS if grid.ablations and ratio == 0.5 and images else ())
+                    methods = METHODS + (_ablations(ratio) if grid.ablations and images else ())
                     for method in methods:
                         r = 1.0 if method == "identity" else ratio
                         deterministic = images == 0 and method not in ("random", "drop")
                         s = 0 if deterministic else seed
                         made.append(Cell("b", "cifar10", model, SIDE, method, r, images, s))
     return list(dict.fromkeys(made))
+
+
+def _ablations(ratio: float) -> tuple[str, ...]:
+    """All of them at one keep ratio; at others what tells the merging from the training."""
+    return ABLATIONS if ratio == 0.5 else ("ibtm-plain", "tome-distilled", "uniform-distilled")
 
 
 def base_path(model: str) -> Path:
@@ -132,10 +138,9 @@ def run(cell: Cell, test_images: int, deadline: float) -> None:
     began = time.monotonic()
     model, side, macs = prepared(cell)
     folder = RUNS / "accuracy" / cell.name
-    options: dict[str, Any] = {"lambda_ib": 0.1 if cell.method.startswith("ibtm") else 0.0}
-    options.update(TRAINING.get(cell.method, {}))
+    options = {**(RECIPE if cell.method.startswith("ibtm") else {}), **TRAINING.get(cell.method, {})}
     config = FinetuneConfig(
-        epochs=1 if cell.images else 0, lr=3e-4, batch_size=50, seed=cell.seed, warmup_epochs=0.05, device="cpu",
+        epochs=1 if cell.images else 0, lr=LR[cell.model], batch_size=50, seed=cell.seed, warmup_epochs=0.05, device="cpu",
         augment=Augmentation(flip=True, crop=8), checkpoint_dir=folder, statistics_images=500, **options,
     )  # fmt: skip
     part = max(cell.images, 500)

@@ -74,9 +74,10 @@ def _insert(model: nn.Module, family: Family, settings: Settings) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     family.insert(model, settings)
     attention, groups = bool(family.attention(model)), set()
+    convolved = settings.density == "once" and family.layouts[0] == "grid"
     for path, site in sites_of(model).items():
         group = path.rpartition(".")[0]
-        site.merger.settle(first=group not in groups, attention=attention)
+        site.merger.settle(first=group not in groups, attention=attention, convolved=convolved)
         site.to(device).train(model.training)
         groups.add(group)
 

@@ -61,10 +61,11 @@ class Merger(nn.Module):
         """Fill weight, penalty, importance and logits of a site's tokens; by default all tokens count alike."""
         return tokens
 
-    def settle(self, *, first: bool, attention: bool) -> None:
+    def settle(self, *, first: bool, attention: bool, convolved: bool) -> None:
         """Drop the parameters that this place leaves without use, so that every learned one has a gradient.
 
-        first: no site before it hands on a mask; attention: the site can read its block's attention.
+        first: no site before it hands on a mask; attention: the site can read its block's attention; convolved:
+        convolutions follow on the merged map itself, which nothing restores.
         """
 
     def route(self, tokens: Tokens, keep: int) -> Route:

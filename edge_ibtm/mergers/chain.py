@@ -45,9 +45,9 @@ class Chain(Merger):
         self.layouts = tuple(x for x in first.layouts if x in second.layouts)  # type: ignore[misc]
         self.needs = first.needs + second.needs  # type: ignore[misc]
 
-    def settle(self, *, first: bool, attention: bool) -> None:
-        self.first.settle(first=first, attention=attention)
-        self.second.settle(first=first, attention=attention)
+    def settle(self, *, first: bool, attention: bool, convolved: bool) -> None:
+        self.first.settle(first=first, attention=attention, convolved=convolved)
+        self.second.settle(first=first, attention=attention, convolved=convolved)
 
     def prepare(self, tokens: Tokens) -> Tokens:
         return self.second.prepare(self.first.prepare(tokens))
@@ -73,7 +73,7 @@ class LTMP(Merger):
         self.merge_threshold = nn.Parameter(torch.tensor(0.9))
         self.prune_threshold: nn.Parameter | None = nn.Parameter(torch.tensor(0.0))
 
-    def settle(self, *, first: bool, attention: bool) -> None:
+    def settle(self, *, first: bool, attention: bool, convolved: bool) -> None:
         if not attention:
             self.prune_threshold = None
 

@@ -36,6 +36,11 @@ class UniformPool(Merger):
     """Averages runs of neighbours of as equal length as can be: what lowering the resolution inside the model does."""
 
     def route(self, tokens: Tokens, keep: int) -> Route:
-        lines, length, _ = tokens.metric.shape
-        slot = constant("pooled", length, keep, tokens.prefix, like=tokens.metric)
-        return Route(slot.expand(lines, -1, -1), keep)
+        return even_runs(tokens, keep)
+
+
+def even_runs(tokens: Tokens, keep: int) -> Route:
+    """Runs of neighbours of as equal length as can be become one token each, the same runs in every line."""
+    lines, length, _ = tokens.metric.shape
+    slot = constant("pooled", length, keep, tokens.prefix, like=tokens.metric)
+    return Route(slot.expand(lines, -1, -1), keep)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..information import ib_step_matrix
 from ..tokens import Route, bipartite, constant, halves, similarity, unit
 from .base import Merger, Tokens
+from .controls import even_runs
 from .tome import threshold_mask
 
 
@@ -90,7 +91,9 @@ class IBTM(Merger):
     """The mask module of a site: soft mask, hard mask, and the straight-through decision.
 
     lambda > 0 (log_lambda) protects informative tokens: score = cosine - lambda sigmoid(g of the one to disappear).
-    theta (threshold) gives decisions a gradient in training; the count is fixed.
+    theta (threshold) gives decisions a gradient in training; the count is fixed. Where convolutions follow on the merged
+    map, pairs chosen by content cost more than they save (docs/LOG.md, 2026-11-25): there runs of neighbours merge, the
+    same in every line, and the mask only weighs.
     """
 
     def __init__(self, dim: int, classes: int = 0, *, soft_weights: bool = True) -> None:
@@ -100,12 +103,14 @@ class IBTM(Merger):
         self.first_logits: nn.Linear | None = nn.Linear(dim, 1)
         nn.init.zeros_(self.first_logits.weight)
         nn.init.zeros_(self.first_logits.bias)
-        self.log_lambda = nn.Parameter(torch.tensor(math.log(0.1)))
-        self.threshold = nn.Parameter(torch.tensor(0.9))
+        self.log_lambda: nn.Parameter | None = nn.Parameter(torch.tensor(math.log(0.1)))
+        self.threshold: nn.Parameter | None = nn.Parameter(torch.tensor(0.9))
 
-    def settle(self, *, first: bool, attention: bool) -> None:
+    def settle(self, *, first: bool, attention: bool, convolved: bool) -> None:
         if not first:
             self.first_logits = None
+        if convolved:
+            self.log_lambda = self.threshold = None
 
     def prepare(self, tokens: Tokens) -> Tokens:
         normed = self.information.norm(tokens.z)
@@ -116,9 +121,12 @@ class IBTM(Merger):
         logits = self.information(normed, logits, tokens.size)
         mask = torch.sigmoid(logits)
         weight = mask.clamp_min(1e-4) if self.soft_weights else None
-        return tokens.with_(logits=logits, weight=weight, penalty=torch.exp(self.log_lambda) * mask)
+        penalty = None if self.log_lambda is None else torch.exp(self.log_lambda) * mask
+        return tokens.with_(logits=logits, weight=weight, penalty=penalty)
 
     def route(self, tokens: Tokens, keep: int) -> Route:
+        if self.threshold is None:
+            return even_runs(tokens, keep)
         scores = similarity(tokens.metric)
         if tokens.penalty is not None:
             scores = scores - halves(tokens.penalty.reshape(*tokens.penalty.shape, 1))[0]
