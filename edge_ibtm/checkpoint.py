@@ -24,10 +24,10 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """How mergers are put into a model."""
+    """How mergers are put into a model; keep_ratio: one for all sites, or a list with one a site."""
 
     merger: str = "ibtm"
-    keep_ratio: float = 0.7
+    keep_ratio: float | list[float] = 0.7
     layout: str = "auto"
     density: str = "auto"
 

@@ -17,6 +17,7 @@ _OPTIONS = {
     "data": "data.source",
     "merger": "merge.merger",
     "keep_ratio": "merge.keep_ratio",
+    "macs": "merge.macs",
     "epochs": "finetune.epochs",
     "distill": "finetune.distill",
     "quantize": "quantize.scheme",
@@ -49,6 +50,9 @@ def compress(
     merger: Annotated[str | None, typer.Option(help="a merger of `edge-ibtm list`")] = None,
     keep_ratio: Annotated[
         str | None, typer.Option(metavar="FLOAT", help="tokens kept / tokens entering, in (0, 1]")
+    ] = None,
+    macs: Annotated[
+        str | None, typer.Option(metavar="FLOAT", help="instead: share of the base's MACs to meet, e.g. 0.84")
     ] = None,
     epochs: Annotated[str | None, typer.Option(metavar="INTEGER", help="epochs of fine-tuning")] = None,
     distill: Annotated[str | None, typer.Option(metavar="FLOAT", help="weight of distillation from the base")] = None,

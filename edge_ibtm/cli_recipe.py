@@ -41,7 +41,9 @@ def validate(
     from edge_ibtm.recipe import load_recipe
 
     recipe = load_recipe(name, overrides or [])
-    typer.echo(f"{name}: valid ({recipe.model.name}, {recipe.merge.merger} at keep ratio {recipe.merge.keep_ratio:g})")
+    merge = recipe.merge
+    share = f"keep ratio {merge.keep_ratio:g}" if merge.macs is None else f"{merge.macs:g} of the base's MACs"
+    typer.echo(f"{name}: valid ({recipe.model.name}, {merge.merger} at {share})")
 
 
 @recipe_app.command("schema")

@@ -112,10 +112,11 @@ class FinetuneSection(TrainSection):
 
 
 class MergeSection(Section):
-    """Token merging. keep_ratio is tokens kept over tokens entering, the one knob."""
+    """Token merging. keep_ratio is tokens kept over tokens entering, the one knob; or it is solved for a budget, macs."""
 
     merger: str = Field(default="ibtm", description="a name of `edge-ibtm list`")
     keep_ratio: Ratio = 0.7
+    macs: Ratio | None = Field(default=None, description="share of the base's MACs to meet; solves keep_ratio")
     layout: Literal["auto", "grid", "sequence"] = "auto"
     density: Literal["auto", "block", "stage", "once", "progressive"] = "auto"
 

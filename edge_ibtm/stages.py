@@ -7,7 +7,7 @@ so a stage does not care whether they were just made or cached.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,19 +132,21 @@ def make_base(context: Context, folder: Path) -> dict[str, Any]:
 def make_merge(context: Context, folder: Path) -> dict[str, Any]:
     """Put mergers into the base; no training yet."""
     merge = context.recipe.merge
-    from edge_ibtm.surgery import insert_mergers
+    from edge_ibtm.surgery import insert_mergers, schedule
 
-    chosen = MergeSpec(merge.merger, merge.keep_ratio, merge.layout, merge.density)
-    spec = context.spec("base").merged(chosen)
+    chosen, base = MergeSpec(merge.merger, merge.keep_ratio, merge.layout, merge.density), context.spec("base")
     _seed(context.recipe.seed)
     model = context.model("base")
-    insert_mergers(
-        model, merger=chosen.merger, keep_ratio=chosen.keep_ratio, layout=chosen.layout, density=chosen.density
-    )
+    insert_mergers(model, **asdict(chosen), macs=merge.macs, img_size=base.img_size)
+    steps = schedule(model, base.img_size)
+    if merge.macs is not None:
+        chosen = replace(chosen, keep_ratio=[step.keep_ratio for step in steps])
+        context.watch.note(f"macs {merge.macs:g} of the base is met by: {'; '.join(map(str, steps))}")
+    spec = base.merged(chosen)
     fill = context.recipe.finetune.model_copy(update={"epochs": 0})
     _train(context, "merge", model, fill, folder)  # no step: only the statistics the mergers stand on
     save_state(model, folder / WEIGHTS)
-    return _figures(context, model.eval(), spec)
+    return {**_figures(context, model.eval(), spec), "schedule": [asdict(step) for step in steps]}
 
 
 def make_finetune(context: Context, folder: Path) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def _options(context: Context, product: Product) -> dict[str, Any]:
     if product.target != "coreml":
         return {}
     data, merge = context.done["data"].record, context.recipe.merge
-    described = f"{context.recipe.model.name}, tokens merged by {merge.merger} at keep ratio {merge.keep_ratio}"
+    share = f"keep ratio {merge.keep_ratio}" if merge.macs is None else f"{merge.macs} of the base's MACs"
+    described = f"{context.recipe.model.name}, tokens merged by {merge.merger} at {share}"
     return {
         "precision": product.precision,
         "class_names": data["classes"],

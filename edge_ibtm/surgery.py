@@ -32,6 +32,19 @@ class SiteTrace:
     sizes: Tensor
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one site is set to, and what it makes of one image: tokens that enter (entering) and leave (kept)."""
+
+    path: str
+    keep_ratio: float
+    entering: int
+    kept: int
+
+    def __str__(self) -> str:
+        return f"{self.path} keeps {self.kept} of {self.entering} tokens (keep ratio {self.keep_ratio:.3g})"
+
+
 def insert_mergers(
     model: nn.Module,
     *,
@@ -113,6 +126,15 @@ def merge_trace(model: nn.Module, images: Tensor) -> list[SiteTrace]:
         for handle in handles:
             handle.remove()
     return [SiteTrace(name, _matrix(m), m.weight, m.size) for name, m in seen]
+
+
+def schedule(model: nn.Module, img_size: int) -> list[Step]:
+    """The steps of a merged model, site by site, for images of img_size pixels a side."""
+    like = next(model.parameters())
+    training, sites = model.training, sites_of(model)
+    seen = merge_trace(model.eval(), torch.zeros(1, 3, img_size, img_size, device=like.device, dtype=like.dtype))
+    model.train(training)
+    return [Step(t.path, sites[t.path].keep_ratio, *reversed(t.assignment.shape[1:])) for t in seen]
 
 
 def _matrix(merged: Merged) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -137,20 +138,33 @@ def test_export_works_twice(family: str) -> None:
         assert torch.allclose(program(images), expected, atol=1e-5)
 
 
-LOWERED = [
-    pytest.param(family, merger, density, marks=[] if (merger, i) == ("ibtm", 0) else pytest.mark.slow)
-    for family in BACKBONES
-    for merger in ("ibtm", "tofu", "ltmp")
-    for i, density in enumerate(BACKBONES[family].densities)
-]
+FAST = {("mobilevit", "ibtm"), ("efficientvit", "tofu"), ("vit", "evit"), ("vit", "tome+drop")}
+
+
+def lowered_cases() -> Iterator[object]:
+    """Every (family, merger) pair and every place of every family, taking turns in place and ratio; chains; r = 1."""
+    places: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for family, merger, layout, density in cases():
+        places.setdefault((family, merger), []).append((layout, density))
+    found = [("vit", "tome+drop", 0.6, "sequence", "once"), ("vit", "ibtm+evit", 0.6, "sequence", "stage"),
+             ("mobilevit", "tome+drop", 0.6, "grid", "stage")]  # fmt: skip
+    for turn, ((family, merger), where) in enumerate(places.items()):
+        found.append((family, merger, (0.7, 0.5)[turn % 2], *where[turn % len(where)]))
+        if merger == "ibtm":
+            found += [(family, merger, 0.7, *place) for place in where] + [(family, merger, 1.0, *where[0])]
+    for case in dict.fromkeys(found):
+        fast = case[:2] in FAST and (case[1] != "ibtm" or (case[2:4] == (0.7, "grid") and case[4] == "stage"))
+        yield pytest.param(*case, marks=() if fast else pytest.mark.slow)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("family", "merger", "density"), LOWERED)
-def test_lowered_model_loads_and_equals_eager(family: str, merger: str, density: str, tmp_path: object) -> None:
+@pytest.mark.parametrize(("family", "merger", "ratio", "layout", "density"), lowered_cases())
+def test_lowered_model_loads_and_equals_eager(
+    family: str, merger: str, ratio: float, layout: str, density: str, tmp_path: object
+) -> None:
     from edge_ibtm.targets.common import run_pte
 
-    model, side = merged(family, merger=merger, keep_ratio=0.7, density=density)
+    model, side = merged(family, merger=merger, keep_ratio=ratio, layout=layout, density=density)
     images = torch.randn(1, 3, side, side)
     artifact = edge_ibtm.lower(model, (images,), tmp_path / "model.pte")  # type: ignore[operator]
     (output,) = run_pte(artifact.path, (images,))

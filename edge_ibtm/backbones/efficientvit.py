@@ -83,7 +83,7 @@ def remove(model: nn.Module) -> None:
 def twin() -> tuple[nn.Module, int]:
     """A tiny EfficientViT with two attention stages of 6 x 6 and 3 x 3 tokens."""
     model = EfficientVit(
-        widths=(8, 16, 16, 32, 32), depths=(1, 1, 1, 2, 2), head_dim=16, head_widths=(64, 64), num_classes=5
+        widths=(8, 16, 16, 32, 32), depths=(1, 1, 1, 2, 1), head_dim=16, head_widths=(64, 64), num_classes=5
     )
     return model.eval(), 96
 

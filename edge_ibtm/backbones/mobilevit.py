@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.mobilevit import MobileVitBlock
+from timm.models.byobnet import ByobNet
+from timm.models.mobilevit import MobileVitBlock, _inverted_residual_block, _mobilevit_block, model_cfgs
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -201,10 +202,14 @@ def remove(model: nn.Module) -> None:
 
 
 def twin() -> tuple[nn.Module, int]:
-    """The smallest MobileViT at 64 px: 4 x 4, 2 x 2 and 1 x 1 patches."""
-    import timm
-
-    return timm.create_model("mobilevit_xxs", num_classes=5).eval(), 128
+    """A tiny MobileViT: a block of three layers on 4 x 4 patches, one of a single layer on 2 x 2."""
+    blocks = (
+        _inverted_residual_block(d=1, c=8, s=1, br=2.0),
+        _mobilevit_block(d=1, c=16, s=2, transformer_dim=32, transformer_depth=3, patch_size=2, br=2.0),
+        _mobilevit_block(d=1, c=16, s=2, transformer_dim=24, transformer_depth=1, patch_size=2, br=2.0),
+    )
+    cfg = replace(model_cfgs["mobilevit_xxs"], blocks=blocks, stem_chs=8, num_features=32)
+    return ByobNet(cfg, num_classes=5).eval(), 32
 
 
 MOBILEVIT = Family(

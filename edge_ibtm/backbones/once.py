@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def restoring(stages: Iterable[nn.Module]) -> Iterator[Callable[[Tensor], Tensor
         return held if merged is None else restore_map(held, merged, patch, reduction)
 
     for stage in stages:
-        yield lambda x, stage=stage: call(stage, x)
+        yield partial(call, stage)
 
 
 def stride_of(stage: nn.Module) -> int:
@@ -95,4 +96,4 @@ def forget_features(model: nn.Module) -> None:
     """Undo `restore_features`."""
     replace_modules(model, MergedStages, lambda merged: nn.Sequential(OrderedDict(merged.named_children())))
     for net in [m for m in model.modules() if type(m) is MergedFeatures]:
-        net.__class__ = FeatureListNet
+        net.__class__ = FeatureListNet  # type: ignore[assignment]

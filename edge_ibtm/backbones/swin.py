@@ -78,7 +78,7 @@ def remove(model: nn.Module) -> None:
 def twin() -> tuple[nn.Module, int]:
     """A tiny Swin with shifted 7 x 7 windows."""
     model = SwinTransformer(
-        img_size=56, patch_size=4, window_size=7, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_classes=5
+        img_size=56, patch_size=4, window_size=7, embed_dim=16, depths=(2, 1), num_heads=(2, 2), num_classes=5
     )
     return model.eval(), 56
 

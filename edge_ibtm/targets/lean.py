@@ -1,8 +1,10 @@
 """Lowering without the work that changes nothing.
 
 ExecuTorch's pipeline retraces the whole graph with fake tensors after every pass, regenerates Python code that nobody
-runs, verifies it after every step, copies each node's ancestry at every retrace, and builds patterns for operators the
-graph does not hold. Inside `lean()` that is switched off; the artifact is proved afterwards by running it (`verify`).
+runs, verifies it after every step, copies each node's ancestry at every retrace, builds patterns for operators the
+graph does not hold, lists all of a program's inputs to ask whether an operator is one of them (three times for each
+tensor), and resolves a class's type hints for each field that it writes. Inside `lean()` that is switched off; the
+artifact is proved afterwards by running it (`verify`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +31,9 @@ _HOOKS = (
 def lean() -> Iterator[None]:
     """Switch off redundant retracing, code generation, verification and provenance copies while the block runs."""
     from executorch.backends.xnnpack import _passes
+    from executorch.backends.xnnpack.utils import utils as xnnpack_utils
     from executorch.exir import pass_base, pass_manager
+    from executorch.exir._serialize import _dataclass
     from torch._export.verifier import Verifier
     from torch.fx import traceback
 
@@ -45,9 +50,17 @@ def lean() -> Iterator[None]:
             (GraphModule, "recompile", _lazy(GraphModule.recompile)),
             (GraphModule, "print_readable", lambda self, *args, **kwargs: ""),
             (_passes.XNNPACKPassManager, "transform", _transform_needed(_passes.XNNPACKPassManager.transform)),
-        ):
+            (_dataclass, "get_type_hints", cache(_dataclass.get_type_hints)),
+            *((xnnpack_utils, name, _of_inputs(getattr(xnnpack_utils, name)))
+              for name in ("is_param", "is_buffer", "is_lifted_tensor_constant")),
+        ):  # fmt: skip
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+def _of_inputs(real: Callable[[Any, Node], bool]) -> Callable[[Any, Node], bool]:
+    """A question about the inputs of a program, answered at once for nodes that are none."""
+    return lambda program, node: node.op == "placeholder" and real(program, node)
 
 
 def _incremental(full: Callable[..., Any]) -> Callable[..., Any]:
