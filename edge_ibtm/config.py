@@ -106,7 +106,7 @@ class FinetuneSection(TrainSection):
     distill_temperature: Annotated[float, Field(gt=0)] = 1.0
     lambda_ib: Weight = Field(default=0.1, description="weight of the information bottleneck bound")
     ib_start: Annotated[float, Field(ge=0, le=1)] = Field(default=0.3, description="share of the epochs before lambda_ib is on")
-    ib_conditional: bool = Field(default=True, description="the conditional bound instead of the paper's")
+    ib_conditional: bool = Field(default=False, description="the conditional bound instead of the paper's")
     ib_clusters: Positive | None = Field(default=None, description="null: as many as classes")
     statistics_images: Positive = Field(default=2048, description="training images that clusters are fitted on")
 

@@ -60,7 +60,7 @@ class FinetuneConfig:
     lambda_ib: float = 0.0
     ib_start: float = 0.3
     ib_clusters: int | None = None
-    ib_conditional: bool = True
+    ib_conditional: bool = False
     statistics_images: int = 2048
     unmerged_epochs: int = 0
     augment: Augmentation | None = None

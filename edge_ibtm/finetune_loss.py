@@ -56,7 +56,7 @@ class LossWeights:
 
     label_smoothing: float = 0.1
     lambda_ib: float = 0.0
-    ib_conditional: bool = True
+    ib_conditional: bool = False
     distill: float = 0.0
     distill_temperature: float = 1.0
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import edge_ibtm
 from edge_ibtm.backbones import BACKBONES, model_names
 from edge_ibtm.errors import UsageError
+from edge_ibtm.mergers import IBStep
 from edge_ibtm.surgery import schedule, sites_of
 from edge_ibtm.tokens import kept_tokens
 
@@ -281,3 +282,19 @@ def test_training_mode_and_parameters_survive() -> None:
     edge_ibtm.remove_mergers(model)
     assert isinstance(model.blocks, nn.Sequential) and model.blocks[1].drop_path1.drop_prob > 0
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and len(before) == len(model.state_dict())
+
+
+@torch.no_grad()
+def test_ibtm_keeps_even_runs_where_convolutions_follow_on_the_merged_map() -> None:
+    model, side = BACKBONES["efficientvit"].twin()
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    traces = {}
+    for merger in ("ibtm", "uniform"):
+        merged = edge_ibtm.insert_mergers(copy.deepcopy(model), merger=merger, keep_ratio=0.5, density="once")
+        for step in (m for m in merged.modules() if isinstance(m, IBStep)):
+            step.centroids.copy_(torch.nn.functional.normalize(torch.randn_like(step.centroids), dim=-1))
+            step.step.normal_()
+        (traces[merger],) = edge_ibtm.merge_trace(merged, images)
+    assert torch.equal(traces["ibtm"].assignment, traces["uniform"].assignment)
+    weights = traces["ibtm"].weights
+    assert not torch.allclose(weights, weights[:, :1].expand_as(weights))
