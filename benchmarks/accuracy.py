@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py run --experiment a --minutes 30     # frozen ViT-S/14, merging at test time
     python benchmarks/accuracy.py base --model mobilevit_xxs --images 20000
     python benchmarks/accuracy.py run --experiment b --minutes 30     # fine-tuned MobileViT-XXS and EfficientViT-B0
+    python benchmarks/accuracy.py run --experiment b --data /data/imagenet --weights pretrained --models mobilevit_s --side 256
     python benchmarks/accuracy.py list --experiment b
     python benchmarks/accuracy.py step                                 # cost of a training step, merged against base
     python benchmarks/accuracy.py report                               # docs/RESULTS.md from the JSON
@@ -42,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--seeds", type=_numbers(int), default=(0, 1, 2), help="(b)")
         p.add_argument("--models", type=_numbers(str), default=("mobilevit_xxs", "efficientvit_b0"), help="(b)")
         p.add_argument("--no-ablations", action="store_true", help="(b)")
+        p.add_argument("--data", help="(b) images instead of CIFAR-10: anything timm's create_dataset takes")
+        p.add_argument("--side", type=int, default=128, help="(b) pixels")
+        p.add_argument("--weights", help="(b) base weights: pretrained, or a file")
+        p.add_argument("--batch", type=int, default=50, help="(b) images a training step")
     base = commands.add_parser("base", help="train a base model of experiment (b) on")
     base.add_argument("--model", required=True)
     base.add_argument("--images", type=int, default=20_000)
@@ -67,9 +72,16 @@ def wanted(args: argparse.Namespace) -> list[Any]:
         from accuracy_tuned import Grid
         from accuracy_tuned import cells as tuned
 
-        cells = tuned(Grid(args.models, args.ratios, args.images, args.seeds, not args.no_ablations))
+        cells = tuned(Grid(setup_of(args), args.models, args.ratios, args.images, args.seeds, not args.no_ablations))
     needed = [text for text in args.only.split(",") if text]
     return [c for c in cells if all(text in c.name + "-" for text in needed)]
+
+
+def setup_of(args: argparse.Namespace) -> Any:
+    """Images and weights of experiment (b)."""
+    from accuracy_tuned import Setup
+
+    return Setup(args.data, args.side, args.weights, args.batch)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
     import accuracy_tuned
 
     deadline, longest = time.monotonic() + 60 * args.minutes, 0.0
-    experiment: Any = accuracy_frozen if args.experiment == "a" else accuracy_tuned
     cells = wanted(args)
     missing = [c for c in cells if not c.path.is_file()]
     for i, cell in enumerate(missing):
@@ -88,7 +99,10 @@ def run(args: argparse.Namespace) -> int:
         began = time.monotonic()
         print(f"[{len(cells) - len(missing) + i + 1}/{len(cells)}] {cell.name}", flush=True)
         try:
-            experiment.run(cell, args.test_images, deadline)
+            if args.experiment == "a":
+                accuracy_frozen.run(cell, args.test_images, deadline)
+            else:
+                accuracy_tuned.run(cell, args.test_images, deadline, setup_of(args))
         except accuracy_tuned.TimeUp:
             print("  time is up; the cell continues next time", flush=True)
             break

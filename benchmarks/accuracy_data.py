@@ -97,6 +97,34 @@ def _cifar(train: bool) -> tuple[Tensor, Tensor]:
     return _shuffled(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 
 
+class Opened(Dataset):
+    """Part of a data set that edge_ibtm.data opened: images of its source under its transform."""
+
+    def __init__(self, images: Dataset, indices: range) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[self.indices[index]]
+
+    def first(self, count: int, skip: int = 0) -> Opened:
+        """A part of it: at most `count` images from `skip` on."""
+        return Opened(self.images, self.indices[skip : skip + count])
+
+
+@lru_cache(maxsize=4)
+def open_set(source: str, model: str, side: int) -> tuple[Opened, Opened, int]:
+    """(train, test, number of classes) of anything timm's create_dataset takes, for a model at `side` pixels."""
+    from edge_ibtm.config import DataSection
+    from edge_ibtm.data import load_data, view_of
+
+    data = load_data(DataSection(source=source, calibration_images=1), view_of(model, side))
+    train, test = (Opened(part, range(len(part))) for part in (data.train, data.test))
+    return train, test, data.num_classes
+
+
 SETS = {"fashion": _fashion, "cifar10": _cifar}
 
 

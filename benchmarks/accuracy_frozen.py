@@ -1,6 +1,6 @@
 """Experiment (a): the trained ViT-S/14, frozen; a logistic probe on its unmerged features; merging at test time only.
 
-Three probes, each on another part of the probe images; the random mergers draw anew for each. IBTM's buffers are filled
+Three probes, each on another part of the probe images; the random mergers draw once. IBTM's buffers are filled
 from 500 of the probe's own training images and labels; nothing is fine-tuned.
 """
 
@@ -71,11 +71,11 @@ def run(cell: Cell, test_images: int, deadline: float) -> None:
     began = time.monotonic()
     test = load_set(cell.data, SIDE, train=False).first(test_images, skip=SEEN)
     base = _cached(f"a-{cell.data}-test{test_images}", lambda: pooled(focus_vit(SIDE, 10), test))
-    random = cell.method in ("random", "drop")
-    runs, features, macs = [], base, count_macs(focus_vit(SIDE, 10), SIDE)
+    features, macs = base, count_macs(focus_vit(SIDE, 10), SIDE)
+    if cell.method != "identity":
+        features, macs = _features(cell, test)
+    runs = []
     for seed, probe in enumerate(_probes(cell.data)):
-        if cell.method != "identity" and (seed == 0 or random):
-            features, macs = _features(Cell(**{**cell.__dict__, "seed": seed}), test)
         correct, before = (probe(f) == test.labels for f in (features, base))
         lost, gained, p = mcnemar(before, correct)
         top1 = 100 * float(correct.double().mean())

@@ -88,16 +88,16 @@ def tuned(records: list[Record]) -> list[str]:
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for r in records:
         if r["method"] != "identity":
-            groups[(r["model"], r["side"], -r["keep_ratio"], r["images"])].append(r)
-    for (model, side, ratio, images), group in sorted(groups.items()):
-        same = [r for r in records if r["model"] == model and r["side"] == side and r["method"] == "identity"]
+            groups[(r["data"], r["model"], r["side"], -r["keep_ratio"], r["images"])].append(r)
+    for (data, model, side, ratio, images), group in sorted(groups.items()):
+        same = [r for r in records if (r["data"], r["model"], r["side"], r["method"]) == (data, model, side, "identity")]
         base, tuned_base = ([r for r in same if r["images"] == n] for n in (0, images))
         by_method: dict[str, list[Record]] = defaultdict(list)
         for r in group:
             by_method[r["method"]].append(r)
         ranked = sorted(by_method.values(), key=lambda rs: -mean(tops(rs)))
         rows = [_tuned_row(rs, base) for rs in [tuned_base or base, *ranked] if rs]
-        title = f"### {model} at {side} px, CIFAR-10, keep ratio {-ratio:g}, fine-tuned on {images} images"
+        title = f"### {model} at {side} px, {data}, keep ratio {-ratio:g}, fine-tuned on {images} images"
         header = ("method", "px", "MMACs", "top-1", "seeds", "lost / gained", "p", "IB")
         parts += [title, table(header, rows), compare("ibtm", ranked)]
     return parts
@@ -170,7 +170,7 @@ def write_report(to: Path) -> str:
         "Merging at test time only, in all 12 blocks; three logistic probes on unmerged features of 1,500 images each. IBTM's "
         "buffers come from 500 labelled probe images; nothing is trained.",
         *frozen(a),
-        "## (b) Fine-tuned: CIFAR-10 at 128 px",
+        "## (b) Fine-tuned",
         "Every method at the same sites, keep ratio, images, order of images and settings; lower_resolution is the unmerged "
         "model at the side with the same MACs. The first row is the unmerged model, fine-tuned alike. Off the shelf (0 images) "
         "lower_resolution sees a size that it was not trained at.",

@@ -1,6 +1,7 @@
 """Experiment (b): MobileViT-XXS and EfficientViT-B0 at 128 px on CIFAR-10, merged and fine-tuned, every method alike.
 
-The base model is trained once (`accuracy.py base`). A cell inserts a method into it, fine-tunes on a number of training
+The base model is trained once (`accuracy.py base`). With a `Setup` of its own the same cells run on any labelled images and
+full-size models (`accuracy.py run --experiment b --data /data/imagenet --weights pretrained`). A cell inserts a method into it, fine-tunes on a number of training
 images (0: off the shelf), and is evaluated on test images. A cell interrupted by the time budget continues from its
 checkpoint.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from accuracy_cells import RECIPE, TRAINING, VARIANTS, Cell, insert, pack, rounded, write
-from accuracy_data import asset, load_set
+from accuracy_data import asset, load_set, open_set
 from torch import nn
 
 import edge_ibtm
@@ -41,9 +42,41 @@ class TimeUp(Exception):
 
 
 @dataclass(frozen=True)
+class Setup:
+    """Where images and base weights come from. source: anything timm's create_dataset takes, None for CIFAR-10;
+    side: pixels; weights: `pretrained` or a file, None for the base of this benchmark; batch: images a step."""
+
+    source: str | None = None
+    side: int = SIDE
+    weights: str | None = None
+    batch: int = 50
+
+    @property
+    def data(self) -> str:
+        """Its name in results."""
+        return "cifar10" if self.source is None else Path(self.source).name
+
+    def images(self, model: str, side: int) -> tuple[Any, Any]:
+        """(train, test) at `side` pixels, both with `first(count, skip)`."""
+        if self.source is not None:
+            return open_set(self.source, model, side)[:2]
+        return tuple(load_set(self.data, side, train=t) for t in (True, False))  # type: ignore[return-value]
+
+    def base(self, model: str) -> nn.Module:
+        """The base model with its weights."""
+        classes = CLASSES if self.source is None else open_set(self.source, model, self.side)[2]
+        return edge_ibtm.build_model(model, num_classes=classes, weights=self.weights or str(base_path(model)))
+
+    def augmentation(self) -> Augmentation | None:
+        """CIFAR-10's; opened data sets have timm's transforms of their own."""
+        return Augmentation(flip=True, crop=8) if self.source is None else None
+
+
+@dataclass(frozen=True)
 class Grid:
     """Which cells of experiment (b) are wanted."""
 
+    setup: Setup = Setup()
     models: tuple[str, ...] = MODELS
     ratios: tuple[float, ...] = (0.7, 0.5, 0.9, 0.6, 0.8)
     images: tuple[int, ...] = (0, 5000)
@@ -63,7 +96,7 @@ def cells(grid: Grid = Grid()) -> list[Cell]:
                         r = 1.0 if method == "identity" else ratio
                         deterministic = images == 0 and method not in ("random", "drop")
                         s = 0 if deterministic else seed
-                        made.append(Cell("b", "cifar10", model, SIDE, method, r, images, s))
+                        made.append(Cell("b", grid.setup.data, model, grid.setup.side, method, r, images, s))
     return list(dict.fromkeys(made))
 
 
@@ -76,11 +109,6 @@ def base_path(model: str) -> Path:
     """Weights of the base model: those trained by `accuracy.py base`, else the ones that came with the machine."""
     trained = RUNS / "base" / f"{model}_cifar10_{SIDE}.safetensors"
     return trained if trained.is_file() else asset(trained.name)
-
-
-def base_model(model: str) -> nn.Module:
-    """The base model with its weights."""
-    return edge_ibtm.build_model(model, num_classes=CLASSES, weights=str(base_path(model)))
 
 
 def _until(deadline: float) -> Any:
@@ -116,45 +144,46 @@ def train_base(model: str, images: int, epochs: int, deadline: float) -> Path:
     return path
 
 
-def side_at_macs(model: str, target: int) -> int:
-    """Largest side in pixels, a multiple of 4, at which the unmerged model has at most `target` MACs."""
-    net = base_model(model)
-    return max(s for s in range(64, SIDE + 1, 4) if count_macs(net, s) <= target)
+def side_at_macs(net: nn.Module, side: int, target: int) -> int:
+    """Largest side in pixels, a multiple of 4 and at most `side`, at which the unmerged model has at most `target` MACs."""
+    return max(s for s in range(side // 2, side + 1, 4) if count_macs(net, s) <= target)
 
 
-def prepared(cell: Cell) -> tuple[nn.Module, int, int]:
+def prepared(cell: Cell, setup: Setup) -> tuple[nn.Module, int, int]:
     """The model with its method, the side of its images, and its MACs."""
     torch.manual_seed(cell.seed)
-    model, side = base_model(cell.model), SIDE
+    model, side = setup.base(cell.model), cell.side
     if cell.method == "lower_resolution":
-        merged = insert(base_model(cell.model), Cell(**{**cell.__dict__, "method": "tome"}))
-        side = side_at_macs(cell.model, count_macs(merged, SIDE))
+        merged = insert(setup.base(cell.model), Cell(**{**cell.__dict__, "method": "tome"}))
+        side = side_at_macs(model, side, count_macs(merged, side))
     insert(model, cell)
     return model, side, count_macs(model, side)
 
 
-def run(cell: Cell, test_images: int, deadline: float) -> None:
+def run(cell: Cell, test_images: int, deadline: float, setup: Setup = Setup()) -> None:
     """Compute and keep one cell. Raises TimeUp when the deadline comes first."""
     began = time.monotonic()
-    model, side, macs = prepared(cell)
+    model, side, macs = prepared(cell, setup)
     folder = RUNS / "accuracy" / cell.name
     options = {**(RECIPE if cell.method.startswith("ibtm") else {}), **TRAINING.get(cell.method, {})}
     config = FinetuneConfig(
-        epochs=1 if cell.images else 0, lr=LR[cell.model], batch_size=50, seed=cell.seed, warmup_epochs=0.05, device="cpu",
-        augment=Augmentation(flip=True, crop=8), checkpoint_dir=folder, statistics_images=500, **options,
+        epochs=1 if cell.images else 0, lr=LR.get(cell.model, 1e-4), batch_size=setup.batch, seed=cell.seed,
+        warmup_epochs=0.05, augment=setup.augmentation(), checkpoint_dir=folder, statistics_images=500,
+        **options,
     )  # fmt: skip
     part = max(cell.images, 500)
-    train = load_set(cell.data, side, train=True).first(part, skip=(cell.seed * part) % (50_000 - part + 1))
-    teacher = base_model(cell.model) if options.get("distill") else None
+    train, test = setup.images(cell.model, side)
+    train = train.first(part, skip=(cell.seed * part) % max(1, len(train) - part + 1))
+    teacher = setup.base(cell.model) if options.get("distill") else None
     history = edge_ibtm.finetune(model, train, None, config, teacher=teacher, progress=_until(deadline))
-    test = load_set(cell.data, side, train=False).first(test_images)
+    test = test.first(test_images)
     predicted, labels = predictions(model, test)
     correct = predicted == labels
-    measures = [rounded(m) for m in model_ib(model, test, images=min(1000, test_images))]
+    measures = [rounded(m) for m in model_ib(model, test, images=1000)]
     loss = history.epochs[-1].losses if history.epochs else {}
     top1 = 100 * float(correct.double().mean())
-    result = {"macs": macs, "test_images": test_images, "at_side": side, "train_loss": loss, "ib": measures[-1],
+    result = {"macs": macs, "test_images": len(labels), "at_side": side, "train_loss": loss, "ib": measures[-1],
               "ib_sites": measures[:-1], "runs": [{"seed": cell.seed, "top1": top1, "correct": pack(correct)}],
-              "base": base_path(cell.model).name}  # fmt: skip
+              "base": Path(setup.weights or base_path(cell.model)).name}  # fmt: skip
     write(cell, result, time.monotonic() - began)
     shutil.rmtree(folder, ignore_errors=True)
