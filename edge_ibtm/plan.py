@@ -90,6 +90,7 @@ def _with_norm(mean: Tensor, x: Tensor, share: Tensor) -> Tensor:
 def dense_plan(route: Route, mass: Tensor, preserve_norm: bool = False) -> DensePlan:
     """The plan of a route for tokens that count `mass` [R, L] each in their averages."""
     share = route.matrix()
+    share = share if share.dtype == mass.dtype else share.to(mass.dtype)
     shares = share * mass.reshape(mass.shape[0], 1, -1)
     total = shares @ constant("ones", shares.shape[-1], like=shares)
     return DensePlan(share, shares / torch.clamp(total, min=1e-12), preserve_norm)

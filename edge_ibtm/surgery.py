@@ -154,7 +154,10 @@ def _choose(kind: str, value: str, known: tuple[str, ...], family: str) -> str:
 
 
 def _check_ratios(keep_ratio: float | Sequence[float]) -> None:
-    for ratio in keep_ratio if isinstance(keep_ratio, Sequence) else [keep_ratio]:
+    if not isinstance(keep_ratio, Sequence) or isinstance(keep_ratio, str):
+        check_ratio(keep_ratio)  # type: ignore[arg-type]
+        return
+    for ratio in keep_ratio:
         check_ratio(ratio)
 
 

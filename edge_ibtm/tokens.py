@@ -81,7 +81,13 @@ def _constant(kind: str, *size: int) -> np.ndarray:
 
 
 def constant(kind: str, *size: int, like: Tensor) -> Tensor:
-    """A small constant of the dtype and on the device of `like`; exported as a constant, not as operators."""
+    """A small constant of the dtype and on the device of `like`; exported as a constant, not as operators.
+
+    Where a batch is exported as a dynamic dimension, the first of `size`, one row is the constant and is expanded.
+    """
+    if size and isinstance(size[0], torch.SymInt):
+        one = constant(kind, 1, *size[1:], like=like)
+        return one.expand(size[0], *one.shape[1:])
     value = torch.from_numpy(_constant(kind, *size))
     if like.dtype == torch.float32 and like.device.type in ("cpu", "meta"):
         return value
@@ -209,7 +215,7 @@ def keep_top(scores: Tensor, keep: int, prefix: int = 0, soft: Tensor | None = N
     soft: optional [R, L] probabilities of being kept, for straight-through training.
     """
     lines, length = scores.shape
-    values = scores.detach().reshape(lines, length, 1)
+    values = float32(scores.detach()).reshape(lines, length, 1)
     if prefix:
         values = values + _PROTECTED * constant("head", length, prefix, like=values).reshape(length, 1)
     kept = torch.clamp(float(keep) - rank(values), 0.0, 1.0).reshape(lines, 1, length)

@@ -14,23 +14,32 @@ from edge_ibtm.macs import analytic_macs, transformer_block_macs
     [
         ("mobilevit_xs", 224, 0.772), ("mobilevit_xs", 256, 1.026), ("mobilevit_s", 224, 1.522),
         ("mobilevit_s", 256, 2.001), ("efficientvit_b1", 224, 0.519), ("efficientvit_b1", 288, 0.856),
-        ("swin_tiny_patch4_window7_224", 224, 4.491), ("deit_small_patch16_224", 224, 4.599),
+        ("swin_tiny_patch4_window7_224", 224, 4.491), ("swin_small_patch4_window7_224", 224, 8.741),
+        ("swin_base_patch4_window7_224", 224, 15.431), ("deit_small_patch16_224", 224, 4.599),
+        ("vit_base_patch16_224", 224, 17.564),
     ],
 )  # fmt: skip
 def test_base_models_cost_what_is_published(name: str, side: int, giga: float) -> None:
     assert edge_ibtm.count_macs(edge_ibtm.build_model(name), side) / 1e9 == pytest.approx(giga, rel=0.005)
 
 
-@pytest.mark.parametrize(("remove", "giga"), [(8, 3.416), (13, 2.703), (16, 2.291)])
-def test_tome_on_deit_small_costs_what_is_published(remove: int, giga: float) -> None:
-    model, left = edge_ibtm.build_model("deit_small_patch16_224"), [196]
+@pytest.mark.parametrize(
+    ("name", "remove", "giga"),
+    [
+        ("deit_small_patch16_224", 8, 3.416), ("deit_small_patch16_224", 13, 2.703), ("deit_small_patch16_224", 16, 2.291),
+        ("vit_base_patch16_224", 8, 13.104), ("vit_base_patch16_224", 13, 10.367), ("vit_base_patch16_224", 16, 8.772),
+    ],
+)  # fmt: skip
+def test_tome_costs_what_is_published(name: str, remove: int, giga: float) -> None:
+    model, left = edge_ibtm.build_model(name), [196]
+    width = model.embed_dim
     for _ in range(12):
         left.append(left[-1] - min(remove, left[-1] // 2))
     ratios = [after / before for before, after in zip(left, left[1:])]
     edge_ibtm.insert_mergers(model, merger="tome", keep_ratio=ratios, density="block")
     assert edge_ibtm.count_macs(model) / 1e9 == pytest.approx(giga, rel=0.005)
-    blocks = sum(transformer_block_macs(a + 1, 384, mlp_tokens=b + 1) for a, b in zip(left, left[1:]))
-    assert (blocks + 196 * 768 * 384 + 384 * 1000) / 1e9 == pytest.approx(giga, rel=0.005)
+    blocks = sum(transformer_block_macs(a + 1, width, mlp_tokens=b + 1) for a, b in zip(left, left[1:]))
+    assert (blocks + 196 * 768 * width + width * 1000) / 1e9 == pytest.approx(giga, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +47,8 @@ def test_tome_on_deit_small_costs_what_is_published(remove: int, giga: float) ->
     [
         ("mobilevit_s", 256, 0.85), ("mobilevit_s", 224, 0.85), ("efficientvit_b1", 224, 0.86),
         ("efficientvit_b1", 288, 0.86), ("vit_small_patch16_224", 224, 0.75),
-        ("swin_tiny_patch4_window7_224", 224, 0.86),
+        ("vit_base_patch16_224", 224, 0.75), ("swin_tiny_patch4_window7_224", 224, 0.86),
+        ("swin_base_patch4_window7_224", 224, 0.86),
     ],
 )  # fmt: skip
 def test_merging_at_seven_tenths_saves_what_is_promised(name: str, side: int, share: float) -> None:
@@ -47,7 +57,9 @@ def test_merging_at_seven_tenths_saves_what_is_promised(name: str, side: int, sh
     assert edge_ibtm.count_macs(edge_ibtm.insert_mergers(model), side) / base <= share
 
 
-@pytest.mark.parametrize("name", ["mobilevit_s", "efficientvit_b1", "vit_small_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["mobilevit_xs", "efficientvit_b1", "vit_small_patch16_224", "swin_tiny_patch4_window7_224"]
+)
 def test_the_account_by_shapes_agrees_with_the_counter(name: str) -> None:
     model = edge_ibtm.build_model(name)
     for density in (None, *family_of(model).densities):

@@ -244,12 +244,14 @@ def test_odd_and_oblong_images(name: str, size: tuple[int, int]) -> None:
         ({"keep_ratio": 0.0}, "outside"),
         ({"keep_ratio": 1.2}, "outside"),
         ({"keep_ratio": 0.1}, "at least 0.25"),
+        ({"keep_ratio": [0.7, 0.2, 0.7]}, "keep ratio 0.2 cannot be met by a grid"),
+        ({"keep_ratio": "0.7"}, "keep ratio '0.7' is outside"),
         ({"keep_ratio": [0.7, 0.7]}, "2 keep ratios for 3 sites"),
         ({"merger": "tomee"}, "did you mean 'tome'"),
         ({"merger": "evit"}, "no meaning in the grid layout; these have"),
         ({"merger": "tome+tofu+evit"}, "chains 3"),
         ({"layout": "gird"}, "did you mean 'grid'"),
-        ({"density": "everywhere"}, "known: block, once, stage"),
+        ({"density": "everywhere"}, "known: block, once, progressive, stage"),
         ({"density": "once", "layout": "sequence"}, "needs layout='grid'"),
     ],
 )
@@ -259,6 +261,27 @@ def test_refusals_leave_the_model_as_it_was(options: dict[str, object], message:
     with pytest.raises(UsageError, match=message):
         edge_ibtm.insert_mergers(model, **options)  # type: ignore[arg-type]
     assert list(model.state_dict()) == keys
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", *(pytest.param(f, marks=pytest.mark.slow) for f in BACKBONES if f != "vit")])
+def test_a_batch_of_any_size_exports(family: str) -> None:
+    model, side = BACKBONES[family].twin()
+    edge_ibtm.insert_mergers(model)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(2, 3, side, side),), dynamic_shapes=({0: batch},))
+    images = torch.randn(5, 3, side, side)
+    assert torch.allclose(program.module()(images), model(images), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("merger", ["ibtm", "ltmp", "tofu"])
+def test_half_precision_runs(family: str, merger: str) -> None:
+    model, side = BACKBONES[family].twin()
+    edge_ibtm.insert_mergers(model, merger=merger).to(torch.bfloat16)
+    output = model(torch.randn(1, 3, side, side, dtype=torch.bfloat16))
+    assert output.dtype == torch.bfloat16 and torch.isfinite(output).all()
 
 
 def test_models_without_tokens_are_refused() -> None:
