@@ -42,10 +42,8 @@ def mlp_half(block: nn.Module, x: Tensor) -> Tensor:
     return x + b.drop_path2(b.ls2(b.mlp(b.norm2(x))))
 
 
-def size_bias(size: Tensor | None, copies: int = 1) -> Tensor | None:
+def size_bias(size: Tensor, copies: int = 1) -> Tensor:
     """Proportional attention (ToMe, eq. 1): log sizes [B, N] as timm's attn_mask [B * copies, 1, 1, N]."""
-    if size is None:
-        return None
     batch, tokens = size.shape
     bias = torch.log(size).reshape(batch, 1, 1, tokens)
     if copies == 1 or batch == 1:
@@ -55,12 +53,16 @@ def size_bias(size: Tensor | None, copies: int = 1) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Carry:
-    """What passes from block to block: tokens [B, P, D], their sizes, IBTM's logits, and how to copy them back."""
+    """What passes from block to block: tokens [B, P, D], their sizes, IBTM's logits, and how to copy them back.
+
+    bias: proportional attention [B, 1, 1, P], None where nothing has merged or the method has no use for it.
+    """
 
     x: Tensor
     size: Tensor | None = None
     logits: Tensor | None = None
     sites: tuple[Merged, ...] = ()
+    bias: Tensor | None = None
 
     def unmerged(self) -> Tensor:
         """The tokens copied back to all places they came from: [B, N, D]."""
@@ -97,8 +99,7 @@ class MergedViTBlocks(MergedBlocks):
 
     def step(self, index: int, block: nn.Module, carry: Carry) -> Carry:
         """One block, with its site if it has one."""
-        bias = size_bias(carry.size)
-        site = self.site(index)
+        bias, site = carry.bias, self.site(index)
         if site is None:
             return replace(carry, x=block(carry.x, attn_mask=bias))
         attn: Any = block.attn
@@ -114,8 +115,8 @@ class MergedViTBlocks(MergedBlocks):
         merged = site(tokens, self.grid if not carry.sites else carry.sites[-1].grid)
         if merged.plan is None:
             return replace(carry, x=mlp_half(block, x), logits=merged.logits)
-        kept_size = merged.size if site.merger.proportional else None
-        return Carry(mlp_half(block, merged.x), kept_size, merged.merged_logits, (*carry.sites, merged))
+        bias = size_bias(merged.size) if site.merger.proportional else None
+        return Carry(mlp_half(block, merged.x), merged.size, merged.merged_logits, (*carry.sites, merged), bias)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,10 @@ from .base import Merger, Tokens
 
 
 class EViT(Merger):
-    """The `keep - 1` most attended tokens stay; the others become one token, weighted by attention, in the last slot."""
+    """The `keep - 1` most attended tokens stay; the others become one token, weighted by attention, in the last slot.
+
+    As published, an earlier fused token counts by its attention alone, however many tokens it stands for.
+    """
 
     layouts = ("sequence",)
     proportional = False
@@ -18,7 +21,7 @@ class EViT(Merger):
     def prepare(self, tokens: Tokens) -> Tokens:
         assert tokens.class_attention is not None
         attention, _ = tokens.class_attention()
-        return tokens.with_(importance=attention, weight=attention.clamp_min(1e-6))
+        return tokens.with_(importance=attention, weight=attention.clamp_min(1e-6) / tokens.size)
 
     def route(self, tokens: Tokens, keep: int) -> Route:
         assert tokens.importance is not None
