@@ -108,7 +108,8 @@ class GridPlan:
     """Rows, then columns, of an H x W grid; None where an axis keeps all its tokens.
 
     rows: lines [B * H * cuts, L]; columns: lines [B * W' * cuts, L]; cuts: tiles per column and per row.
-    Tokens are in row-major order before and after.
+    Tokens are in row-major order before and after; `turned`: merged ones in column-major order, which saves two turns of
+    the map where what follows does not depend on the order.
     """
 
     grid: tuple[int, int]
@@ -116,6 +117,7 @@ class GridPlan:
     cuts: tuple[int, int]
     rows: DensePlan | None
     columns: DensePlan | None
+    turned: bool = False
 
     def pool(self, x: Tensor) -> Tensor:
         return self._down(x, DensePlan.pool)
@@ -128,18 +130,24 @@ class GridPlan:
         if self.rows is not None:
             x = unfold_lines(step(self.rows, fold_rows(x, self.grid, self.cuts[1])), x.shape[0])
         if self.columns is not None:
-            lines = fold_columns(x, (self.grid[0], self.kept[1]), self.cuts[0])
-            x = unfold_columns(step(self.columns, lines), x.shape[0], self.kept)
+            lines = step(self.columns, fold_columns(x, (self.grid[0], self.kept[1]), self.cuts[0]))
+            x = unfold_lines(lines, x.shape[0]) if self.turned else unfold_columns(lines, x.shape[0], self.kept)
         return x
 
     def copy(self, y: Tensor) -> Tensor:
         if self.columns is not None:
-            lines = fold_columns(y, self.kept, self.cuts[0])
+            lines = self._columns_of(y)
             y = unfold_columns(self.columns.copy(lines), y.shape[0], (self.grid[0], self.kept[1]))
         if self.rows is not None:
             lines = fold_rows(y, (self.grid[0], self.kept[1]), self.cuts[1])
             y = unfold_lines(self.rows.copy(lines), y.shape[0])
         return y
+
+    def _columns_of(self, y: Tensor) -> Tensor:
+        """Merged tokens [B, P, D] as lines [B * W' * cuts, H' / cuts, D]."""
+        if not self.turned:
+            return fold_columns(y, self.kept, self.cuts[0])
+        return y.reshape(-1, self.kept[0] // self.cuts[0], y.shape[-1])
 
     def matrix(self) -> Tensor:
         """S [B, H' * W', H * W], for traces and tests."""

@@ -15,11 +15,13 @@ _NOTHING = {
 
 
 def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Fold what depends on no input and drop operators without effect; the program is changed in place."""
+    """Fold what depends on no input, drop operators without effect, compute repeated ones once; changed in place."""
     from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
+    from edge_ibtm.rewrite_share import share
+
     drop_no_ops(program.graph_module)
-    return constant_prop_pass(program)
+    return share(constant_prop_pass(program))
 
 
 def drop_no_ops(module: GraphModule) -> None:

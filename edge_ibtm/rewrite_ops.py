@@ -85,6 +85,19 @@ def get_item(x: Tensor, index: Any) -> Tensor:
     return sliced.reshape([s for d, s in enumerate(sliced.shape) if d not in gone])
 
 
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as one node: a batched product, or a linear layer of the constant b.
+
+    torch.matmul decomposes into copies and three reshapes around the product; on operands that are no plain views it
+    repeats a constant for every batch, outside the delegate.
+    """
+    if a.ndim == 3 and b.ndim == 3 and a.shape[0] == b.shape[0]:
+        return torch.bmm(a, b)
+    if a.ndim == 3 and b.ndim == 2:
+        return F.linear(a, b.t())
+    return torch.ops.aten.matmul.default(a, b)
+
+
 REPLACED: dict[Any, Callable[..., Tensor]] = {
     torch.roll: roll,
     torch.mean: reduce_mean,
@@ -92,6 +105,9 @@ REPLACED: dict[Any, Callable[..., Tensor]] = {
     torch.sum: reduce_sum,
     torch.Tensor.sum: reduce_sum,
     torch.Tensor.__getitem__: get_item,
+    torch.matmul: matmul,
+    torch.Tensor.matmul: matmul,
+    torch.Tensor.__matmul__: matmul,
 }
 
 

@@ -81,15 +81,18 @@ class Site(nn.Module):
         height, width = kept_grid(*grid, self.keep_ratio, self.longest)
         return prefix + height * width
 
-    def forward(self, tokens: Tokens, grid: tuple[int, int] | None = None) -> Merged:
-        """Merge tokens (z [B, N, D]); a grid layout needs the grid (H, W), N = H * W."""
+    def forward(self, tokens: Tokens, grid: tuple[int, int] | None = None, turned: bool = False) -> Merged:
+        """Merge tokens (z [B, N, D]); a grid layout needs the grid (H, W), N = H * W.
+
+        turned: nothing that follows depends on the order of the merged tokens, so a grid's may stay in column order.
+        """
         if self.kept(tokens.z.shape[1], tokens.prefix, grid) == tokens.z.shape[1]:
             return Merged(tokens.z, tokens.size, None, grid, ones(tokens.z), tokens.logits, tokens.logits)
         tokens = self.merger.prepare(replace(tokens, depth=self.depth))
         if self.layout == "sequence":
             return self._sequence(tokens)
         assert grid is not None
-        return self._grid(tokens, grid)
+        return self._grid(tokens, grid, turned)
 
     def _sequence(self, tokens: Tokens) -> Merged:
         keep = kept_tokens(tokens.z.shape[1], self.keep_ratio, tokens.prefix)
@@ -97,7 +100,7 @@ class Site(nn.Module):
         plan = sequence_plan(route, tokens.mass(), self.merger.preserves_norm(tokens))
         return _merged(tokens, plan, None)
 
-    def _grid(self, tokens: Tokens, grid: tuple[int, int]) -> Merged:
+    def _grid(self, tokens: Tokens, grid: tuple[int, int], turned: bool) -> Merged:
         kept = kept_grid(*grid, self.keep_ratio, self.longest)
         cuts = (tiles(grid[0], self.longest), tiles(grid[1], self.longest))
         rows = columns = None
@@ -109,7 +112,7 @@ class Site(nn.Module):
         if kept[0] < grid[0]:
             lines = _lines(current, lambda x: fold_columns(x, (grid[0], kept[1]), cuts[0]))
             columns = self._line_plan(lines, kept[0] // cuts[0])
-        plan = GridPlan(grid, kept, cuts, rows, columns)
+        plan = GridPlan(grid, kept, cuts, rows, columns, turned and columns is not None)
         return _merged(tokens, PrefixPlan(tokens.prefix, plan) if tokens.prefix else plan, kept)
 
     def _line_plan(self, lines: Tokens, keep: int) -> DensePlan:

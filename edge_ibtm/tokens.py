@@ -68,7 +68,7 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "ones": lambda n: np.ones((n, 1)),
         "stays": lambda lines, n: np.ones((lines, 1, n)),
         "sizes": lambda lines, n: np.ones((lines, n)),
-        "falling": lambda n: np.arange(n, 0, -1),
+        "earlier": lambda n: np.triu(np.ones((n, n)), 1),
         "protect_even": lambda n, k: -_PROTECTED * (np.arange(n) * 2 < k)[:, None],
         "protect_odd": lambda n, k: -_PROTECTED * (np.arange(n) * 2 + 1 < k),
         "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),
@@ -181,8 +181,8 @@ def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the last axis [..., 1] and the one-hot of its first position [..., n]."""
     top = row_max(x)
     equal = 1.0 - greater(top, x)
-    position = equal * constant("falling", x.shape[-1], like=x)
-    return top, torch.clamp(1.0 - (row_max(position) - position), 0.0, 1.0) * equal
+    earlier = equal @ constant("earlier", x.shape[-1], like=x)
+    return top, torch.clamp(equal - earlier, 0.0, 1.0)
 
 
 def rank(values: Tensor) -> Tensor:

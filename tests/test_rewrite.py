@@ -130,6 +130,9 @@ CALLS = {
     "mean middle": lambda x: x.mean(dim=1),
     "sum": lambda x: x.sum((0, 2), keepdim=True),
     "select": lambda x: x[:, 1] + x[:, -1],
+    "matmul batched": lambda x: x[0] @ x[1].transpose(1, 2),
+    "matmul constant": lambda x: x[0].transpose(1, 2) @ torch.arange(8.0).reshape(4, 2),
+    "matmul other": lambda x: torch.matmul(x, x.transpose(2, 3)),
     "select ellipsis": lambda x: x[..., 2] * x[1, ..., 0].sum(),
 }
 
@@ -161,3 +164,19 @@ def test_export_folds_what_depends_on_no_input():
 
     program = export_rewritten(Model(), (torch.randn(2, 4),))
     assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [torch.ops.aten.mul.Tensor]
+
+
+def test_repeated_operators_are_computed_once():
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.exp(x)
+            y += torch.exp(x)  # writes in place: what read y before must not be reused
+            z = y.reshape(-1) * 2.0
+            y.mul_(3.0)
+            return torch.sin(x) + torch.sin(x) + z.reshape(x.shape) + y.reshape(-1).reshape(x.shape)
+
+    x = torch.randn(3, 4)
+    program = export_rewritten(Model(), (x,))
+    targets = [n.target for n in program.graph.nodes]
+    assert targets.count(torch.ops.aten.sin.default) == 1
+    torch.testing.assert_close(program.module()(x), Model()(x))

@@ -92,7 +92,7 @@ class MergedMobileVitBlock(nn.Module):
 
     def _site(self, index: int, z: Tensor, grid: tuple[int, int], before: Merged | None = None) -> Merged:
         logits = before.logits if before is not None else None
-        return self.sites[index](Tokens(z, ones(z), z, logits=logits), grid)
+        return self.sites[index](Tokens(z, ones(z), z, logits=logits), grid, turned=self.density != "once")
 
     def _global(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         """The transformer layers and the norm, on patch tokens [B, N, area * C]."""

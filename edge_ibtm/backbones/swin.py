@@ -38,7 +38,7 @@ class MergedSwinBlocks(RestoringBlocks):
         if site is not None:
             logits = merged.logits if merged is not None else None
             size = ones(z)
-            merged = site(Tokens(z, size, z, logits=logits), tuple(windows.shape[1:3]))
+            merged = site(Tokens(z, size, z, logits=logits), tuple(windows.shape[1:3]), turned=True)
         assert merged is not None
         update = merged.copy(b.drop_path2(b.mlp(b.norm2(merged.pool(z) if site is None else merged.x))))
         update = update.reshape(windows.shape)
@@ -87,7 +87,7 @@ SWIN = Family(
     name="swin",
     models=MODELS,
     layouts=("grid", "sequence"),
-    densities=("block", "stage"),
+    densities=("stage", "block"),
     handles=lambda model: any(isinstance(m, SwinTransformerBlock) for m in model.modules()),
     insert=insert,
     remove=remove,

@@ -1,0 +1,63 @@
+"""Equal operators of an exported graph, computed once.
+
+Merge sites ask for the same lines and averages several times; export records every request. (Constants of equal content
+are left apart: one that two delegates share does not survive lowering in executorch 1.5.1.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+
+def share(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Let every operator that repeats an earlier one on the same inputs use its result; changed in place."""
+    graph = program.graph
+    written = set(_written(graph))
+    seen: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or written.intersection({node, *node.all_input_nodes}) or _impure(node):
+            continue
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
+
+
+def _written(graph: torch.fx.Graph) -> Iterator[Node]:
+    """Values that an operator writes in place, and what they are views of."""
+    for node in graph.nodes:
+        if node.op == "call_function" and _schema_of(node) is not None and _schema_of(node).is_mutable:
+            value: Any = node
+            while isinstance(value, Node):
+                yield value
+                value = value.args[0] if value.args and value.op == "call_function" and _aliases(value) else None
+
+
+def _schema_of(node: Node) -> Any:
+    return getattr(node.target, "_schema", None)
+
+
+def _aliases(node: Node) -> bool:
+    schema = _schema_of(node)
+    return schema is None or any(a.alias_info is not None for a in schema.arguments)
+
+
+def _impure(node: Node) -> bool:
+    schema = _schema_of(node)
+    return schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+
+
+def _frozen(value: Any) -> Any:
+    """Arguments as something hashable, numbers told apart by type."""
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in value.items())
+    return (type(value).__name__, value)
