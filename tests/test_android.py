@@ -84,7 +84,7 @@ def reference(files: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run_files(paths: list[Path], inputs: object, trace: bool = False) -> list[host.Execution]:
         given = [[files.example]] * len(paths) if inputs is None else [list(one) for one in inputs]
-        return [host.Execution(one, [files.model(*one).detach()], quantized=False) for one in given]
+        return [host.Execution(one, [files.model(*one).detach()], ()) for one in given]
 
     monkeypatch.setattr(android, "run_files", run_files)
 
@@ -245,7 +245,7 @@ class TestFaults:
     def test_wrong_outputs_are_seen(
         self, phone: FakePhone, bundle: runner.Bundle, files: Tiny, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        wrong = host.Execution([files.example], [files.expected + 0.1], quantized=False)
+        wrong = host.Execution([files.example], [files.expected + 0.1], ())
         monkeypatch.setattr(android, "run_files", lambda *_, **__: [wrong])
         parity = probe_android([files.pte], None, options(phone, bundle)).results[0].parity
         assert not parity.ok and parity.max_abs == pytest.approx(0.1, rel=1e-3)

@@ -23,6 +23,9 @@ from edge_ibtm.probe.schema import Device, Latency, ProbeRun, Profile, Ratio
 
 CONFIDENCE = 0.95
 TRACE_RUNS = 10
+_EIGHT_BIT = re.compile(r"\bQ[SUCD]8")  # XNNPACK names kernels by type: QS8, QU8, QC8 and QD8 are 8-bit
+_MOVING = re.compile(r"Convert|Copy|Transpose|Static Reshape|Slice|Static Slice|Concat|Constant Pad|Even Split|Unpool")
+_KERNEL = re.compile(rb"[A-Z][A-Za-z0-9 ,-]+ \([A-Z0-9, ]+\)[A-Za-z ]*")
 _TELLING = re.compile(
     r"not registered|[Mm]issing operator|Expected|expected|unexpected|Attempted|Check failed|terminate"
 )
@@ -53,12 +56,23 @@ def check_pte(path: Path) -> None:
 class Execution:
     """What one program was given and what it answered, both lists of tensors.
 
-    quantized: whether an 8-bit XNNPACK kernel ran; None when the run was not traced.
+    kernels: names of the kernels that ran, as XNNPACK reports them; None when the run was not traced.
     """
 
     inputs: list[Any]
     outputs: list[Any]
-    quantized: bool | None = None
+    kernels: tuple[str, ...] | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether an 8-bit kernel ran."""
+        return any(_EIGHT_BIT.search(name) for name in self.kernels or ())
+
+    @property
+    def float_kernels(self) -> tuple[str, ...]:
+        """Operators, without their shapes, that compute and are not reported as 8-bit; empty when not traced."""
+        computing = [k for k in self.kernels or () if not _EIGHT_BIT.search(k) and not _MOVING.match(k)]
+        return tuple(dict.fromkeys(k.partition(" (")[0] for k in computing))
 
 
 def probe_files(
@@ -111,7 +125,7 @@ def _ask_child(
         torch.save(given, request["inputs"])
         answer = _run_child(Path(folder), request, files)
         saved = torch.load(request["outputs"], weights_only=True)
-        kernels = [_has_8bit_kernels(path) if traced else None for path in request["etdump"]]
+        kernels = [_kernel_names(path) if traced else None for path in request["etdump"]]
         profiles = _profiles(request["etdump"]) if traced and options else [None] * len(files)
     rows = zip(saved["inputs"], saved["outputs"], kernels, strict=True)
     return answer, [Execution(*row) for row in rows], profiles
@@ -133,9 +147,10 @@ def _request(
     }
 
 
-def _has_8bit_kernels(etdump: str) -> bool:
-    """XNNPACK names its kernels by type: QS8, QU8, QC8 and QD8 are the 8-bit ones."""
-    return re.search(rb"\bQ[SUCD]8", Path(etdump).read_bytes()) is not None
+def _kernel_names(etdump: str) -> tuple[str, ...]:
+    """Names of XNNPACK's kernels in an ETDump, such as `Convolution (NHWC, QC8) IGEMM`, each once."""
+    found = _KERNEL.findall(Path(etdump).read_bytes())
+    return tuple(sorted({name.decode().strip() for name in found}))
 
 
 def _run_child(folder: Path, request: dict[str, Any], files: list[Path]) -> dict[str, Any]:
