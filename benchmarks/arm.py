@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import arm_report
 import torch
 
 import edge_ibtm
-import arm_report
 from edge_ibtm.probe.emulated import verify_aarch64
 from edge_ibtm.probe.facts import cpu_model
 from edge_ibtm.probe.schema import Emulated, ProbeRun, read_results

@@ -9,11 +9,13 @@ from edge_ibtm.probe.schema import Emulated, ProbeRun, read_results
 _HEAD = """# Merged models on Arm, without a phone
 
 Made by `python benchmarks/arm.py` from `benchmarks/results/arm_*.json`; do not edit. Each artifact runs in the Arm runner under
-QEMU's user emulation, one thread. Instructions: guest instructions of one warm inference, what a second run adds to the process;
-they repeat to 1e-4 and compare artifacts on Arm, but they are not time: caches, memory and pipelines are not in them. Parity:
-outputs against the same file in this machine's x86 runtime; `ok` as `edge-ibtm verify FILE --arch aarch64` judges it.
+QEMU's user emulation, one thread. Instructions: guest instructions of one warm inference, what a second run adds to the
+process; they repeat to 1e-4 and compare artifacts on Arm, but they are not time: caches, memory and pipelines are not in them.
+Parity: outputs against the same file in this machine's x86 runtime; `ok` as `edge-ibtm verify FILE --arch aarch64` judges it.
 """
-_COLUMNS = "| artifact | MB | M instructions | against unmerged | against fp32 | difference to x86 | parity |\n|---|--:|--:|--:|--:|--:|---|\n"
+_COLUMNS = """| artifact | MB | M instructions | against unmerged | against fp32 | difference to x86 | parity |
+|---|--:|--:|--:|--:|--:|---|
+"""
 
 
 def page(folder: Path) -> str:
