@@ -33,15 +33,14 @@ def test_families_in_half_precision(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["vit", "mobilevit"])
-def test_a_trained_model_agrees_on_the_demo_set(family: str, tmp_path: Path) -> None:
+def test_a_trained_model_agrees_on_the_demo_set(tmp_path: Path) -> None:
     """Issue 6: fp16 and its eager model name the same class on at least 99 % of the held-out demo images."""
     torch.manual_seed(0)
-    model, size = BACKBONES[family].twin()
+    model, size = BACKBONES["vit"].twin()
     model.reset_classifier(10)
     merged = edge_ibtm.insert_mergers(model, merger="ibtm", keep_ratio=0.7)
     data = load_data(None, View(img_size=size))
-    edge_ibtm.finetune(merged, data.train, None, FinetuneConfig(epochs=6, lr=2e-3, warmup_epochs=1, seed=0))
+    edge_ibtm.finetune(merged, data.train, None, FinetuneConfig(epochs=30, lr=2e-3, warmup_epochs=1, seed=0))
     shown = torch.stack([data.test[i][0] for i in range(len(data.test))])
     labels = torch.tensor([data.test[i][1] for i in range(len(data.test))])
     artifact = lower_coreml(
@@ -52,8 +51,8 @@ def test_a_trained_model_agrees_on_the_demo_set(family: str, tmp_path: Path) -> 
     got = run_mlpackage(artifact.path, shown)
     top1 = [float((logits.argmax(1) == labels).float().mean()) for logits in (wanted, got)]
     agreement = float((wanted.argmax(1) == got.argmax(1)).float().mean())
-    print(f"{family}: {sqnr(wanted, got):.1f} dB, top-1 {top1[0]:.3f} eager, {top1[1]:.3f} fp16, agreement {agreement:.4f} "
-          f"of {len(shown)} held-out images")  # fmt: skip
+    print(f"trained vit twin: {sqnr(wanted, got):.1f} dB, top-1 {top1[0]:.3f} eager, {top1[1]:.3f} fp16, "
+          f"agreement {agreement:.4f} of {len(shown)} held-out images")  # fmt: skip
     assert top1[0] > 0.5, "a model that learned nothing would prove nothing"
     assert agreement >= 0.99
 
