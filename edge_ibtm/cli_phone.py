@@ -45,7 +45,7 @@ def probe(
         Path | None, typer.Option(help="android: bundle folder or your own executor_runner; ios: .app")
     ] = None,
     import_file: Annotated[
-        Path | None, typer.Option("--import", help="minibench JSON or executor_runner log to bring in")
+        Path | None, typer.Option("--import", help="minibench JSON, executor_runner or XCTest log to bring in")
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the results here")] = None,
 ) -> None:

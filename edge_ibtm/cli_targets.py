@@ -110,26 +110,43 @@ def verify_command(
     img_size: Size = None,
     keep_ratio: Keep = None,
     merger: Merger = "ibtm",
-    inputs: Annotated[Path | None, typer.Option(help=".pt file with images [B, 3, H, W]; default noise")] = None,
-    min_sqnr: Annotated[float, typer.Option(help="gate, dB")] = 80.0,
+    inputs: Annotated[Path | None, typer.Option(help=".pt file with normalised images [B, 3, H, W]")] = None,
+    min_sqnr: Annotated[
+        float | None, typer.Option(help="gate, dB; default 80, in a run directory the recipe's")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="held-out images, in a run directory; default the recipe's")
+    ] = None,
     arch: Annotated[str | None, typer.Option(help="aarch64: run on an emulated Arm CPU instead")] = None,
 ) -> None:
-    """Run an artifact and the model it came from on the same images; exit 1 if they differ. The last line is JSON."""
-    images = _images(inputs)
+    """Run an artifact and the model it came from on the same images; exit 1 if they differ. The last line is JSON.
+
+    In a run directory of `compress` the model and held-out images are found; elsewhere --model names the model, and
+    the images are noise unless --inputs is given.
+    """
+    given = _images(inputs)
     if arch is not None:
-        _verify_arch(arch, artifact, images)
+        eager = None if model is None else _build(model, weights, classes, img_size, (merger, keep_ratio))
+        _verify_arch(arch, artifact, given, eager)
         return
-    if model is None:
-        raise UsageError("verify needs --model (and --weights) to compare with, or --arch aarch64")
     from edge_ibtm.check import example_for
     from edge_ibtm.verify import Limits, verify
 
-    built = _build(model, weights, classes, img_size, (merger, keep_ratio))
-    given = example_for(built, img_size) if images is None else images
-    verdict = verify(built, artifact, given, limits=Limits(sqnr_db=min_sqnr), isolated=True)
+    if model is None:
+        from edge_ibtm.provenance import origin_of
+
+        origin = origin_of(artifact, images)
+        reference, shown = origin.reference, origin.images if given is None else given
+        least, kind = origin.min_sqnr_db, "held-out images" if given is None else "images"
+    else:
+        reference = _build(model, weights, classes, img_size, (merger, keep_ratio))
+        shown = example_for(reference, img_size) if given is None else given
+        least, kind = 80.0, "images of noise" if given is None else "images"
+    limits = Limits(sqnr_db=least if min_sqnr is None else min_sqnr)
+    verdict = verify(reference, artifact, list(shown.split(1)), limits=limits, isolated=True)
     typer.echo(
         f"{artifact}: SQNR {verdict.sqnr_db:.1f} dB, cosine {verdict.cosine:.6f}, max error {verdict.max_abs:.3g}, "
-        f"same top-1 {verdict.top1_agreement:.0%} of {verdict.samples} images"
+        f"same top-1 {verdict.top1_agreement:.0%} of {verdict.samples} {kind}"
     )
     typer.echo(json.dumps(asdict(verdict)))
     verdict.require(str(artifact))
@@ -151,14 +168,25 @@ def _images(path: Path | None) -> Any:
     return images
 
 
-def _verify_arch(arch: str, artifact: Path, images: Any) -> None:
+def _verify_arch(arch: str, artifact: Path, images: Any, model: nn.Module | None) -> None:
     if arch != "aarch64":
         raise UsageError(f"unknown --arch {arch!r}; known: aarch64")
+    import torch
+
+    from edge_ibtm.check import example_for
+    from edge_ibtm.cli_probe import report
     from edge_ibtm.probe.emulated import verify_aarch64
+    from edge_ibtm.probe.schema import ProbeRun
     from edge_ibtm.targets.runtime import check_pte
 
-    result = verify_aarch64(check_pte(artifact), None if images is None else [images])
+    path = check_pte(artifact)
+    expected = None
+    if model is not None:
+        images = example_for(model, None) if images is None else images
+        with torch.no_grad():
+            expected = [model(images)]
+    result = verify_aarch64(path, None if images is None else [images], expected)
     parity: Any = result.parity
-    typer.echo(result.model_dump_json())
+    typer.echo(report(ProbeRun(results=(result,))))
     if not parity.ok:
-        raise EdgeIBTMError(f"{artifact} computes something else on aarch64: {parity}")
+        raise EdgeIBTMError(f"{artifact} computes something else on aarch64: {'; '.join(result.notes) or parity}")

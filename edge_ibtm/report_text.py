@@ -41,7 +41,16 @@ def markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> str:
 def table_block(values: Mapping[str, Any]) -> str:
     """The main table with what its figures mean underneath."""
     notes = "\n".join(f"- {n}" for n in [*legend(values), *values["notes"]])
-    return f"\n{markdown_table(COLUMNS, [cells(r) for r in values['rows']])}\n\n{notes}\n"
+    return f"\n{markdown_table(COLUMNS, table_rows(values))}\n\n{notes}\n"
+
+
+def table_rows(values: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of every row; a top-1 that was taken on fewer images than the others says on how many."""
+    rows, all_images = [cells(row) for row in values["rows"]], values["data"]["images"]["test"]
+    for shown, row in zip(rows, values["rows"]):
+        if row["images"] is not None and row["images"] != all_images:
+            shown[COLUMNS.index("top-1 %")] += f" ({row['images']} images)"
+    return rows
 
 
 def legend(values: Mapping[str, Any]) -> list[str]:
@@ -98,8 +107,7 @@ def print_report(values: Mapping[str, Any], console: Any) -> None:
     shown = [i for i, name in enumerate(COLUMNS) if name != WIDE_ONLY]
     for i in shown:
         table.add_column(COLUMNS[i], justify="left" if i == 0 else "right", overflow="fold")
-    for row in values["rows"]:
-        line = cells(row)
+    for line in table_rows(values):
         table.add_row(*(line[i] for i in shown))
     console.print(table)
     for note in [*legend(values), *values["notes"]]:

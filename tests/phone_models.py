@@ -69,17 +69,39 @@ def tiny() -> Tiny:
 
 @functools.lru_cache(maxsize=1)
 def tiny_int8() -> Path:
-    """The tiny model quantized per channel (PT2E) and lowered to XNNPACK."""
+    """The tiny model quantized per channel (PT2E) and lowered to XNNPACK: 8-bit kernels only."""
+    return _quantized(tiny().model, "tiny_int8.pte")
+
+
+@functools.lru_cache(maxsize=1)
+def tiny_silu_int8() -> Path:
+    """An 8-bit model with SiLU between its convolutions, which XNNPACK computes in float."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.SiLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.SiLU(), nn.Flatten()]
+    return _quantized(nn.Sequential(*layers, nn.Linear(1024, 10)).eval(), "tiny_silu_int8.pte")
+
+
+@functools.lru_cache(maxsize=1)
+def silu_alone() -> Path:
+    """SiLU and nothing else, in float."""
+    from executorch.exir import to_edge_transform_and_lower
+
+    path = tiny().folder / "silu.pte"
+    _save(to_edge_transform_and_lower(torch.export.export(nn.SiLU(), (tiny().example,)), partitioner=[_xnnpack()]), path)
+    return path
+
+
+def _quantized(model: nn.Module, name: str) -> Path:
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xq
     from executorch.exir import to_edge_transform_and_lower
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     made = tiny()
     quantizer = xq.XNNPACKQuantizer().set_global(xq.get_symmetric_quantization_config(is_per_channel=True))
-    prepared = prepare_pt2e(torch.export.export(made.model, (made.example,)).module(), quantizer)
+    prepared = prepare_pt2e(torch.export.export(model, (made.example,)).module(), quantizer)
     prepared(made.example)
     exported = torch.export.export(convert_pt2e(prepared), (made.example,))
-    path = made.folder / "tiny_int8.pte"
+    path = made.folder / name
     _save(to_edge_transform_and_lower(exported, partitioner=[_xnnpack()]), path)
     return path
 

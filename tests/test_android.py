@@ -84,7 +84,7 @@ def reference(files: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run_files(paths: list[Path], inputs: object, trace: bool = False) -> list[host.Execution]:
         given = [[files.example]] * len(paths) if inputs is None else [list(one) for one in inputs]
-        return [host.Execution(one, [files.model(*one).detach()], quantized=False) for one in given]
+        return [host.Execution(one, [files.model(*one).detach()], ()) for one in given]
 
     monkeypatch.setattr(android, "run_files", run_files)
 
@@ -127,6 +127,17 @@ class TestFaults:
         probe_android([files.pte], None, options(phone, bundle))
         assert [path for path in phone.pushed if "run-" not in path] == []
         assert phone.left_behind() == []
+
+    def test_a_file_that_changed_on_the_phone_is_sent_again(
+        self, phone: FakePhone, bundle: runner.Bundle, files: Tiny
+    ) -> None:
+        probe_android([files.pte], None, options(phone, bundle, keep=True))
+        (model,) = (phone.root / "data/local/tmp/edge-ibtm").glob("*.pte")
+        model.write_bytes(bytes(model.stat().st_size))
+        phone.pushed.clear()
+        run = probe_android([files.pte], None, options(phone, bundle))
+        assert [Path(path).suffixes for path in phone.pushed if "run-" not in path] == [[".pte", ".part"]]
+        assert run.results[0].parity.ok and phone.left_behind() == []
 
     def test_cable_pulled_while_files_are_sent(self, phone: FakePhone, bundle: runner.Bundle, files: Tiny) -> None:
         phone.faults.cut_after_files, phone.faults.away_seconds = 3, 1.0
@@ -185,15 +196,20 @@ class TestFaults:
         assert phone.left_behind() == []
 
     def test_interrupted_by_hand(self, phone: FakePhone, bundle: runner.Bundle, files: Tiny) -> None:
+        runners: list[int] = []
+
         def interrupt(script: str) -> None:
             if "kill -0" in script:
                 phone.faults.on_shell = None
+                (pid,) = (phone.root / "data/local/tmp/edge-ibtm").glob("run-*/pid")
+                runners.append(int(pid.read_text()))
                 os.kill(os.getpid(), signal.SIGINT)
 
         phone.faults.on_shell = interrupt
         with pytest.raises(KeyboardInterrupt):
             probe_android([files.portable], None, options(phone, bundle, loop=replace(QUICK, samples=100000)))
         assert phone.left_behind() == []
+        wait_for(lambda: not Path(f"/proc/{runners[0]}").exists(), 5)
 
     def test_full_phone_by_its_own_account(self, phone: FakePhone, bundle: runner.Bundle, files: Tiny) -> None:
         (phone.root / "df").write_text("/dev/block/dm-5 1000 990 10 99% /data\n")
@@ -205,6 +221,7 @@ class TestFaults:
         phone.faults.full = True
         with pytest.raises(DeviceError, match="No space left.*free some storage"):
             probe_android([files.pte], None, options(phone, bundle))
+        assert phone.left_behind() == []
 
     def test_wrong_abi(self, tmp_path: Path, bundle: runner.Bundle, files: Tiny) -> None:
         for abi, given, says in (
@@ -245,7 +262,7 @@ class TestFaults:
     def test_wrong_outputs_are_seen(
         self, phone: FakePhone, bundle: runner.Bundle, files: Tiny, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        wrong = host.Execution([files.example], [files.expected + 0.1], quantized=False)
+        wrong = host.Execution([files.example], [files.expected + 0.1], ())
         monkeypatch.setattr(android, "run_files", lambda *_, **__: [wrong])
         parity = probe_android([files.pte], None, options(phone, bundle)).results[0].parity
         assert not parity.ok and parity.max_abs == pytest.approx(0.1, rel=1e-3)

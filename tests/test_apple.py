@@ -1,4 +1,9 @@
-"""The Apple driver: command lines and parsing, against outputs in the formats that Xcode publishes."""
+"""The Apple driver: command lines and parsing.
+
+The outputs below are handwritten: no Mac was at hand to record one. Their form is what public users of the tools
+show: the JSON of `devicectl list devices` as Flutter's tests hold it (flutter_tools/test/.../core_devices_test.dart),
+with a watch in the list as devicectl reports one that is paired with the phone.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,15 @@ DEVICES = {
         "devices": [
             {
                 "identifier": "AAAA-1",
-                "connectionProperties": {"pairingState": "paired", "tunnelState": "connected"},
+                "connectionProperties": {"pairingState": "paired", "tunnelState": "disconnected"},
                 "deviceProperties": {"name": "Ada's iPhone", "osVersionNumber": "17.4", "developerModeStatus": "enabled"},
-                "hardwareProperties": {"marketingName": "iPhone 15 Pro", "productType": "iPhone16,1"},
+                "hardwareProperties": {"marketingName": "iPhone 15 Pro", "platform": "iOS", "udid": "00008130-01"},
+            },
+            {
+                "identifier": "CCCC-3",
+                "connectionProperties": {"pairingState": "paired", "tunnelState": "connected"},
+                "deviceProperties": {"name": "Ada's Watch", "osVersionNumber": "10.4"},
+                "hardwareProperties": {"platform": "watchOS", "deviceType": "appleWatch"},
             },
             {
                 "identifier": "BBBB-2",
@@ -29,10 +40,6 @@ DEVICES = {
         ]
     },
 }  # fmt: skip
-XCTEST = (
-    "Test Case '-[BenchTests.Latency testForward]' measured [Clock Monotonic Time, s] average: 0.002, relative standard "
-    "deviation: 3.1%, values: [0.002100, 0.001900, 0.002000], performanceMetricID:com.apple.dt.XCTMetric_Clock.time.monotonic\n"
-)
 REPORT = {
     "runner": "edge_ibtm_runner",
     "models": [{"load_ms": 80.0, "first_ms": 9.0, "warmup_runs": 3, "samples_ms": [1.5, 1.6, 1.4]}],
@@ -62,16 +69,18 @@ def package(tmp_path: Path) -> Path:
 def test_commands_in_order(package: Path, tmp_path: Path) -> None:
     app = tmp_path / "Bench.app"
     app.mkdir()
-    xcode = Xcode("launched\n" + json.dumps(REPORT) + "\n")
+    xcode = Xcode("Launched application\r\n" + json.dumps(REPORT) + "\r\n")  # a terminal ends lines with both
     run = apple.probe_ios([package], None, app, ProbeOptions(samples=30, warmup=4), xcode)
     tools = [command[1:5] for command in xcode.commands]
     assert tools[0][:3] == ["devicectl", "list", "devices"]
     assert tools[1] == ["devicectl", "device", "install", "app"]
     assert tools[2][:2] == ["coremlcompiler", "compile"]
     assert tools[3] == ["devicectl", "device", "copy", "to"]
+    assert xcode.commands[3][-1] == "Documents/my model.mlmodelc", "a folder's contents land in the destination"
     launch = xcode.commands[4]
+    assert launch[:5] == ["script", "-q", "-t", "0", "/dev/null"], "devicectl passes stdout on to a terminal only"
     assert launch[launch.index("--device") + 1] == "AAAA-1"
-    assert launch[launch.index("--") + 1 :] == [
+    assert launch[launch.index(apple.BUNDLE_ID) + 1 :] == [
         "--model_path", "my model.mlmodelc", "--json", "--warmup", "4", "--num_executions", "30",
     ]  # fmt: skip
     (result,) = run.results
@@ -79,16 +88,27 @@ def test_commands_in_order(package: Path, tmp_path: Path) -> None:
     assert result.device.kind == "apple" and "has not run on a device yet" in result.notes[0]
 
 
-def test_xctest_lines_are_milliseconds(package: Path) -> None:
+def test_an_app_that_prints_no_result(package: Path) -> None:
     phone = apple.parse_devices(json.dumps(DEVICES))[0]
-    result = apple.parse_ios(XCTEST, "m", package, phone)
-    assert result.samples_ms == pytest.approx((2.1, 1.9, 2.0)) and result.p50_ms == pytest.approx(2.0)
     with pytest.raises(DeviceError, match="printed no result"):
         apple.parse_ios("App terminated due to signal 9.", "m", package, phone)
 
 
+def test_a_failing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DeviceError, match="xcrun is missing: install Xcode"):
+        apple._xcrun(["xcrun", "devicectl"])
+    xcrun = tmp_path / "xcrun"
+    xcrun.write_text("#!/bin/sh\necho ERROR: device is locked >&2\nexit 1\n")
+    xcrun.chmod(0o755)
+    with pytest.raises(DeviceError, match="`xcrun devicectl device` failed: ERROR: device is locked"):
+        apple._xcrun(["xcrun", "devicectl", "device"])
+
+
 def test_choosing_a_phone() -> None:
     found = apple.parse_devices(json.dumps(DEVICES))
+    assert [each.name for each in found] == ["Ada's iPhone", "Old"], "the watch is no iPhone"
+    assert apple.choose_iphone(found, "00008130-01").identifier == "AAAA-1"
     assert apple.choose_iphone(found, None).name == "Ada's iPhone"
     with pytest.raises(DeviceError, match="Old is not reachable: connect the cable"):
         apple.choose_iphone(found, "Old")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from edge_ibtm.cli_phone import register
 from edge_ibtm.compare import compare
 from edge_ibtm.errors import UsageError
-from edge_ibtm.probe.host import summary
+from edge_ibtm.probe.results import summary
 from edge_ibtm.probe.schema import Device, Emulated, Latency, ProbeRun
 
 PHONE = Device(kind="android", name="Pixel 8", arch="arm64-v8a", serial="A1")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_adbd import FakePhone
-from phone_models import Tiny, tiny, tiny_int8
+from phone_models import Tiny, silu_alone, tiny, tiny_int8, tiny_silu_int8
 from test_android import ADB, QUICK, adb_server, connect  # noqa: F401
 
 from edge_ibtm import runner
@@ -22,7 +22,7 @@ from edge_ibtm.errors import DeviceError, UsageError
 from edge_ibtm.probe import emulated
 from edge_ibtm.probe.android import AndroidOptions, probe_android
 from edge_ibtm.probe.emulated import EmulationOptions, verify_aarch64
-from edge_ibtm.probe.host import Execution
+from edge_ibtm.probe.host import Execution, run_files
 from edge_ibtm.probe.parity import judge
 
 QEMU = shutil.which("qemu-aarch64")
@@ -74,17 +74,44 @@ def test_counts_are_left_out_with_a_reason(files: Tiny, arm: runner.Bundle, monk
     assert found.instructions is None and "instructions not counted: no C compiler" in found.notes[0]
 
 
-def test_judging() -> None:
+def test_float_kernels_are_what_differs_in_an_8bit_program(files: Tiny, arm: runner.Bundle) -> None:
+    """Convolutions in 8 bits are exact on Arm (above); SiLU in float is not, by its last bit."""
+    alone = verify_aarch64(silu_alone(), [files.example], options=EmulationOptions(count=False)).parity
+    assert not alone.identical and 0 < alone.max_abs < 1e-6
+    (here,) = run_files([tiny_silu_int8()], [[files.example]], trace=True)
+    assert here.quantized and "Sigmoid" in here.float_kernels and "Convolution" not in here.float_kernels
+    (plain,) = run_files([files.pte], [[files.example]], trace=True)
+    assert not plain.quantized and "Convolution" in plain.float_kernels
+
+
+EIGHT_BIT = ("Convert (NC)", "Convolution (NHWC, QC8) IGEMM")
+MIXED = (*EIGHT_BIT, "Sigmoid (NC)", "Softmax (NC, F32)")
+
+
+def test_judging_floats() -> None:
     here = torch.tensor([[1.0, 2.0, 3.0]])
     moved = here + torch.tensor([[0.0, 0.0, 0.01]])
-    parity, notes = judge([moved], Execution([], [here], quantized=True), None)
-    assert parity.ok and not parity.identical and "1 of 3 outputs differ from x86" in notes[0]
-    parity, _ = judge([moved], Execution([], [here], quantized=False), None)
-    assert not parity.ok
-    parity, _ = judge([here + 0.5], Execution([], [here], quantized=True), None)
-    assert not parity.ok
+    assert not judge([moved], Execution([], [here], ()), None)[0].ok
+    assert judge([here + 1e-5], Execution([], [here], ()), [here])[0].ok
+    assert not judge([here + 1e-5], Execution([], [here], ()), [here + 0.01])[0].ok
     with pytest.raises(DeviceError, match="NaN"):
-        judge([here * float("nan")], Execution([], [here], quantized=False), None)
+        judge([here * float("nan")], Execution([], [here], ()), None)
+
+
+def test_judging_8bit() -> None:
+    here = torch.tensor([[1.0, 2.0, 3.0]])
+    moved = here + torch.tensor([[0.0, 0.0, 0.01]])
+    parity, notes = judge([moved], Execution([], [here], MIXED), None)
+    assert parity.ok and not parity.identical and "1 of 3 outputs differ from x86" in notes[0]
+    assert "it runs Sigmoid, Softmax; where these compute in float" in notes[0]
+    parity, notes = judge([moved], Execution([], [here], EIGHT_BIT), None)
+    assert not parity.ok and "this is not explained" in notes[0]
+    far = here + torch.tensor([[0.5, 0.0, 0.0]])
+    assert not judge([far], Execution([], [here], MIXED), None)[0].ok
+    eager = here + torch.tensor([[0.25, 0.0, 0.0]])
+    parity, notes = judge([far], Execution([], [here], MIXED), [eager])
+    assert parity.ok and notes[1].startswith("8-bit against eager: SQNR 23.7 dB there, SQNR 23.7 dB")
+    assert not judge([far], Execution([], [here], MIXED), [here])[0].ok, "this machine's outputs are nearer to eager"
 
 
 def test_requests_that_make_no_sense(files: Tiny) -> None:

@@ -27,6 +27,22 @@ LOG = "I 00:00:00 Model file mobilevit_s.pte is loaded.\n" + "".join(
 )
 
 
+XCTEST = (
+    "/ci/Bench.swift:17: Test Case '-[BenchTests.Latency testForward]' measured [Clock Monotonic Time, s] average: 0.002, "
+    "relative standard deviation: 3.1%, values: [0.002100, 0.001900, 0.002000], performanceMetricID:"
+    "com.apple.dt.XCTMetric_Clock.time.monotonic, baselineName: \"\"\n"
+    "Test Case '-[BenchTests.Latency testForward]' measured [Memory Peak Physical, kB] average: 204800.000, relative standard "
+    "deviation: 0.500%, values: [204800.000000], performanceMetricID:x\n"
+)
+
+
+def test_xctest_values_are_seconds(tmp_path: Path) -> None:
+    (tmp_path / "xcodebuild.log").write_text(XCTEST)
+    (result,) = import_results(tmp_path / "xcodebuild.log").results
+    assert result.model == "testForward" and result.device.kind == "apple"
+    assert result.samples_ms == pytest.approx((2.1, 1.9, 2.0)) and result.p50_ms == pytest.approx(2.0)
+
+
 def test_minibench(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(json.dumps(ROWS))
     (result,) = import_results(tmp_path / "m.json").results

@@ -1,19 +1,20 @@
 """Latency of one artifact or model on one device, in one schema: host, torch, cuda, android, mac, ios.
 
 probe("model.pte", example).p50_ms
-probe_many(["base.pte", "merged.pte"], example).ratios     # interleaved in one run: the only fair
-comparison
+probe_many(["base.pte", "merged.pte"], example).ratios     # interleaved in one run: the only fair comparison
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import UsageError, suggest
 from edge_ibtm.probe.loop import ProbeOptions
-from edge_ibtm.probe.schema import Average, Device, Emulated, Latency, ProbeRun, Ratio, read_results
+
+if TYPE_CHECKING:
+    from edge_ibtm.probe.schema import Average, Device, Emulated, Latency, ProbeRun, Ratio, read_results
 
 __all__ = [
     "Average",
@@ -27,7 +28,17 @@ __all__ = [
     "probe_many",
     "read_results",
 ]
+_SCHEMA = ("Average", "Device", "Emulated", "Latency", "ProbeRun", "Ratio", "read_results")
 DEVICES = ("host", "torch", "cuda", "android", "mac", "ios")
+
+
+def __getattr__(name: str) -> Any:
+    """The schema's names, imported when asked for: `python -m edge_ibtm.probe.schema` must be its first importer."""
+    if name not in _SCHEMA:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from edge_ibtm.probe import schema
+
+    return getattr(schema, name)
 
 
 def probe(
@@ -45,6 +56,8 @@ def probe(
     android[:SERIAL]; mac, ios[:NAME] for a .mlpackage. Times in ms. Errors: UsageError (bad file, inputs that
     do not fit, unknown device), EdgeIBTMError (the runtime refused or aborted), DeviceError (a phone failed).
     """
+    from edge_ibtm.probe.schema import Latency
+
     result = probe_many([artifact_or_model], example, threads=threads, device=device, options=options).results[0]
     assert isinstance(result, Latency)
     return result

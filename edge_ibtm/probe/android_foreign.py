@@ -13,12 +13,12 @@ from pathlib import Path
 from edge_ibtm.errors import DeviceError
 from edge_ibtm.probe.adb import Adb
 from edge_ibtm.probe.android_files import Store
-from edge_ibtm.probe.host import sha256_of, summary, unique_labels
 from edge_ibtm.probe.imported import iterations
 from edge_ibtm.probe.job import Outcome, run_job, stop
 from edge_ibtm.probe.loop import ProbeOptions
 from edge_ibtm.probe.phone import Phone, read_condition
-from edge_ibtm.probe.schema import Device, Latency, ProbeRun
+from edge_ibtm.probe.results import latency_of, unique_labels
+from edge_ibtm.probe.schema import Device, ProbeRun
 
 _NOTES = (
     "taken by the user's executor_runner: inputs of its own, outputs not verified, warm-up runs dropped from its samples",
@@ -56,17 +56,15 @@ def probe_foreign(
     labels = unique_labels([file.stem for file in files])
     return ProbeRun(
         results=tuple(
-            Latency(
-                model=label,
-                file=str(file),
-                sha256=sha256_of(file),
-                bytes=file.stat().st_size,
-                device=device,
+            latency_of(
+                file,
+                label,
+                device,
+                _samples(outcome, log, program, options.warmup),
                 threads=threads or None,
                 source=program.name,
                 warmup_runs=options.warmup,
                 notes=_NOTES,
-                **summary(_samples(outcome, log, program, options.warmup)),
             )
             for label, file, (outcome, log) in zip(labels, files, outcomes, strict=True)
         )

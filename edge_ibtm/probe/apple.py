@@ -1,21 +1,18 @@
-"""Latency of a `.mlpackage` on Apple hardware: in this process on a Mac, through `xcrun devicectl` on an
-iPhone.
+"""Latency of a `.mlpackage` on Apple hardware: in this process on a Mac, through `xcrun devicectl` on an iPhone.
 
 mac   coremltools' `MLModel.predict`, timed like every other probe.
-ios   finds the phone, compiles the model, installs the benchmark app, copies the model in, launches it with
---console
-      and reads its output: the runner's JSON line, or XCTest's `measured [Clock Monotonic Time, s] ...`
-      lines.
+ios   finds the phone, compiles the model, installs the benchmark app, copies the model into its Documents, launches it
+      with --console and reads its output: the runner's JSON line.
 
-Command lines and parsing are tested against outputs in the published formats. None of this has run on a
-device yet.
+Nothing here has run on a device, and there is no recording of one either. Command lines and the form of the JSON follow
+Apple's `--help` as public users of the tool show it (Flutter's flutter_tools/lib/src/ios/core_devices.dart, which also
+found that `--console` passes the app's stdout on only to a terminal: hence `script`).
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -27,14 +24,14 @@ from typing import Any
 
 from edge_ibtm.errors import DeviceError, UsageError, suggest
 from edge_ibtm.probe import facts
-from edge_ibtm.probe.host import host_device, ratios, summary, unique_labels
+from edge_ibtm.probe.host import host_device
 from edge_ibtm.probe.loop import ProbeOptions, sample_rounds, timed_ms, warm_up
+from edge_ibtm.probe.results import latency_of, ratios, unique_labels
 from edge_ibtm.probe.runner_json import parse_report
 from edge_ibtm.probe.schema import Device, Latency, ProbeRun
 
 BUNDLE_ID = "org.edge-ibtm.bench"
 NOT_TRIED = "the iOS driver has not run on a device yet: check the first figures by hand"
-_MEASURED = re.compile(r"measured \[(?:Clock Monotonic Time|Time), s(?:econds)?\][^\n]*?values: \[([^\]]*)\]")
 Run = Callable[[list[str]], str]
 
 
@@ -44,6 +41,7 @@ class IPhone:
 
     identifier: str
     name: str
+    udid: str
     model: str
     os: str
     ready: bool
@@ -90,9 +88,9 @@ def _probe_mac(paths: Sequence[Path], inputs: Sequence[Sequence[Any]] | None, op
     where = host_device(before, after)
     where = where.model_copy(update={"kind": "apple", "runtime": f"Core ML, coremltools {ct.__version__}"})
     results = [
-        Latency(
-            model=label, file=str(path), device=where, load_ms=load[i], first_ms=first[i], warmup_runs=warm[i][0],
-            stable=warm[i][1], peak_rss_mb=facts.peak_rss_mb(), notes=("compute units: all",), **summary(samples[i]),
+        latency_of(
+            path, label, where, samples[i], load_ms=load[i], first_ms=first[i], warmup_runs=warm[i][0],
+            stable=warm[i][1], peak_rss_mb=facts.peak_rss_mb(), notes=("compute units: all",),
         )
         for i, (path, label) in enumerate(zip(paths, unique_labels([p.stem for p in paths]), strict=True))
     ]  # fmt: skip
@@ -146,16 +144,20 @@ def copy_command(phone: IPhone, compiled: Path) -> list[str]:
 
 
 def launch_command(phone: IPhone, model: str, options: ProbeOptions) -> list[str]:
-    """Launch the app with its output on this console; words after `--` are the app's."""
+    """Launch the app with its output on this console until it exits; words after its identifier are the app's.
+
+    `script` gives devicectl a terminal: without one it keeps the app's stdout to itself.
+    """
     return [
+        "script", "-q", "-t", "0", "/dev/null",
         "xcrun", "devicectl", "device", "process", "launch", "--console", "--terminate-existing",
-        "--device", phone.identifier, BUNDLE_ID, "--", "--model_path", model, "--json",
+        "--device", phone.identifier, BUNDLE_ID, "--model_path", model, "--json",
         "--warmup", str(options.warmup), "--num_executions", str(options.samples),
     ]  # fmt: skip
 
 
 def list_iphones(run: Run) -> list[IPhone]:
-    """Every device that Xcode knows."""
+    """Every iPhone and iPad that Xcode knows."""
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "devices.json"
         run(["xcrun", "devicectl", "list", "devices", "--json-output", str(out)])
@@ -165,10 +167,10 @@ def list_iphones(run: Run) -> list[IPhone]:
 
 
 def parse_devices(text: str) -> list[IPhone]:
-    """Devices from devicectl's JSON. DeviceError when it has another form."""
+    """iPhones and iPads from devicectl's JSON; it lists watches and headsets too. DeviceError for another form."""
     try:
         rows = json.loads(text)["result"]["devices"]
-        return [_iphone(row) for row in rows]
+        return [_iphone(row) for row in rows if row["hardwareProperties"].get("platform", "iOS") == "iOS"]
     except (ValueError, KeyError, TypeError) as error:
         raise DeviceError(
             f"devicectl's list of devices has an unknown form ({error!r}); which Xcode is this?"
@@ -182,16 +184,17 @@ def _iphone(row: dict[str, Any]) -> IPhone:
         why = "not paired: unlock it and tap Trust"
     elif own.get("developerModeStatus") == "disabled":
         why = "developer mode is off: Settings, Privacy & Security, Developer Mode"
-    elif link.get("tunnelState") == "unavailable":
+    elif link.get("tunnelState") == "unavailable":  # "disconnected" is fine: devicectl connects when it is used
         why = "not reachable: connect the cable and unlock it"
     model = hardware.get("marketingName") or hardware.get("productType", "")
-    return IPhone(row["identifier"], own["name"], model, own.get("osVersionNumber", ""), not why, why)
+    identifier, udid = row["identifier"], hardware.get("udid", "")
+    return IPhone(identifier, own.get("name", identifier), udid, model, own.get("osVersionNumber", ""), not why, why)
 
 
 def choose_iphone(found: list[IPhone], name: str | None) -> IPhone:
-    """The phone called `name` (or with that identifier), or the only ready one."""
+    """The phone called `name` (or with that identifier or UDID), or the only ready one."""
     if name is not None:
-        named = [each for each in found if name in (each.name, each.identifier)]
+        named = [each for each in found if name in (each.name, each.identifier, each.udid)]
         if not named:
             raise UsageError(f"no iPhone {name!r}; {suggest(name, [each.name for each in found])}")
         if not named[0].ready:
@@ -210,23 +213,21 @@ def parse_ios(console: str, label: str, path: Path, phone: IPhone) -> Latency:
     """A result from the app's console output. DeviceError when it holds no figures."""
     device = Device(kind="apple", name=phone.model, os=f"iOS {phone.os}", arch="arm64", serial=phone.identifier,
                     runtime="Core ML")  # fmt: skip
-    measured = [float(v) * 1000 for found in _MEASURED.finditer(console) for v in found[1].split(",") if v.strip()]
-    if measured:
-        note = "XCTest values: the mean of an iteration block each"
-        return Latency(model=label, file=str(path), device=device, notes=(NOT_TRIED, note), **summary(measured))
     row = parse_report(console)["models"][0]
-    return Latency(
-        model=label, file=str(path), device=device, load_ms=row.get("load_ms"), first_ms=row.get("first_ms"),
-        warmup_runs=row.get("warmup_runs", 0), notes=(NOT_TRIED,), **summary(row["samples_ms"]),
+    return latency_of(
+        path, label, device, row["samples_ms"], load_ms=row.get("load_ms"), first_ms=row.get("first_ms"),
+        warmup_runs=row.get("warmup_runs", 0), notes=(NOT_TRIED,),
     )  # fmt: skip
 
 
 def _xcrun(command: list[str]) -> str:
     """Run one of Xcode's tools; DeviceError with its last words when it fails."""
-    if shutil.which(command[0]) is None:
+    if shutil.which("xcrun") is None:
         raise DeviceError("xcrun is missing: install Xcode, then xcode-select --install")
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()[-2:]
-        raise DeviceError(f"`{' '.join(command[:5])}` failed: {' | '.join(said) or done.returncode}")
+        raise DeviceError(
+            f"`{' '.join(command[command.index('xcrun') :][:5])}` failed: {' | '.join(said) or done.returncode}"
+        )
     return done.stdout

@@ -19,9 +19,10 @@ from typing import Any
 
 from edge_ibtm import runner
 from edge_ibtm.errors import DeviceError, UsageError
-from edge_ibtm.probe.host import run_files, sha256_of
+from edge_ibtm.probe.host import run_files
 from edge_ibtm.probe.parity import judge
 from edge_ibtm.probe.raw import read_outputs, write_inputs
+from edge_ibtm.probe.results import file_facts
 from edge_ibtm.probe.runner_json import parse_report
 from edge_ibtm.probe.schema import Device, Emulated
 
@@ -68,9 +69,7 @@ def verify_aarch64(
     parity, explained = judge(outputs, here, expected)
     return Emulated(
         model=path.stem,
-        file=str(path),
-        sha256=sha256_of(path),
-        bytes=path.stat().st_size,
+        **file_facts(path),
         device=_device(qemu, options, bundle),
         instructions=instructions,
         parity=parity,

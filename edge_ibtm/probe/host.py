@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
@@ -17,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
-from edge_ibtm.probe import facts, statistics
+from edge_ibtm.probe import facts
 from edge_ibtm.probe.loop import ProbeOptions
-from edge_ibtm.probe.schema import Device, Latency, ProbeRun, Profile, Ratio
+from edge_ibtm.probe.results import latency_of, ratios, unique_labels
+from edge_ibtm.probe.schema import Device, ProbeRun, Profile
 
-CONFIDENCE = 0.95
 TRACE_RUNS = 10
+_EIGHT_BIT = re.compile(r"\bQ[SUCD]8")  # XNNPACK names kernels by type: QS8, QU8, QC8 and QD8 are 8-bit
+_MOVING = re.compile(r"Convert|Copy|Transpose|Static Reshape|Slice|Static Slice|Concat|Constant Pad|Even Split|Unpool")
+_KERNEL = re.compile(rb"[A-Z][A-Za-z0-9 ,-]+ \([A-Z0-9, ]+\)[A-Za-z ]*")
 _TELLING = re.compile(
     r"not registered|[Mm]issing operator|Expected|expected|unexpected|Attempted|Check failed|terminate"
 )
@@ -53,12 +55,23 @@ def check_pte(path: Path) -> None:
 class Execution:
     """What one program was given and what it answered, both lists of tensors.
 
-    quantized: whether an 8-bit XNNPACK kernel ran; None when the run was not traced.
+    kernels: names of the kernels that ran, as XNNPACK reports them; None when the run was not traced.
     """
 
     inputs: list[Any]
     outputs: list[Any]
-    quantized: bool | None = None
+    kernels: tuple[str, ...] | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether an 8-bit kernel ran."""
+        return any(_EIGHT_BIT.search(name) for name in self.kernels or ())
+
+    @property
+    def float_kernels(self) -> tuple[str, ...]:
+        """Operators, without their shapes, that compute and are not reported as 8-bit; empty when not traced."""
+        computing = [k for k in self.kernels or () if not _EIGHT_BIT.search(k) and not _MOVING.match(k)]
+        return tuple(dict.fromkeys(k.partition(" (")[0] for k in computing))
 
 
 def probe_files(
@@ -111,7 +124,7 @@ def _ask_child(
         torch.save(given, request["inputs"])
         answer = _run_child(Path(folder), request, files)
         saved = torch.load(request["outputs"], weights_only=True)
-        kernels = [_has_8bit_kernels(path) if traced else None for path in request["etdump"]]
+        kernels = [_kernel_names(path) if traced else None for path in request["etdump"]]
         profiles = _profiles(request["etdump"]) if traced and options else [None] * len(files)
     rows = zip(saved["inputs"], saved["outputs"], kernels, strict=True)
     return answer, [Execution(*row) for row in rows], profiles
@@ -133,9 +146,10 @@ def _request(
     }
 
 
-def _has_8bit_kernels(etdump: str) -> bool:
-    """XNNPACK names its kernels by type: QS8, QU8, QC8 and QD8 are the 8-bit ones."""
-    return re.search(rb"\bQ[SUCD]8", Path(etdump).read_bytes()) is not None
+def _kernel_names(etdump: str) -> tuple[str, ...]:
+    """Names of XNNPACK's kernels in an ETDump, such as `Convolution (NHWC, QC8) IGEMM`, each once."""
+    found = _KERNEL.findall(Path(etdump).read_bytes())
+    return tuple(sorted({name.decode().strip() for name in found}))
 
 
 def _run_child(folder: Path, request: dict[str, Any], files: list[Path]) -> dict[str, Any]:
@@ -193,18 +207,16 @@ def _assemble(files: list[Path], answer: dict[str, Any], profiles: Sequence[Prof
     device = host_device(answer["before"], answer["after"])
     labels = unique_labels([file.stem for file in files])
     results = tuple(
-        Latency(
-            model=label,
-            file=str(file),
-            sha256=sha256_of(file),
-            bytes=file.stat().st_size,
-            device=device,
+        latency_of(
+            file,
+            label,
+            device,
+            row["samples_ms"],
             threads=answer["threads"],
             peak_rss_mb=answer["peak_rss_mb"],
             profile=profile,
             notes=_load_note(answer["before"]["load"]),
             **{k: v for k, v in row.items() if k != "samples_ms"},
-            **summary(row["samples_ms"]),
         )
         for label, file, row, profile in zip(labels, files, answer["results"], profiles, strict=True)
     )
@@ -235,48 +247,3 @@ def _load_note(load: float | None) -> tuple[str, ...]:
     if load is None or load <= 0.5 * cores:
         return ()
     return (f"the machine was busy (load average {load} on {cores} cores): trust only ratios of one run",)
-
-
-def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """The sample statistics of a `Latency`, samples in ms."""
-    low, high, reached = statistics.median_interval(samples, CONFIDENCE)
-    return {
-        "p50_ms": statistics.percentile(samples, 50),
-        "p90_ms": statistics.percentile(samples, 90),
-        "p99_ms": statistics.percentile(samples, 99),
-        "min_ms": min(samples),
-        "mean_ms": sum(samples) / len(samples),
-        "median_interval_ms": (low, high),
-        "confidence": min(CONFIDENCE, reached),
-        "samples_ms": tuple(samples),
-    }
-
-
-def ratios(results: Sequence[Latency]) -> tuple[Ratio, ...]:
-    """Every later result against the first; sample i of each belongs to round i."""
-    if len(results) < 2:
-        return ()
-    base, *others = results
-    found = []
-    for other in others:
-        low, high = statistics.paired_ratio_interval(other.samples_ms, base.samples_ms, CONFIDENCE)
-        value = other.p50_ms / base.p50_ms
-        rounds = len(base.samples_ms)
-        found.append(Ratio(model=other.model, baseline=base.model, value=value, low=low, high=high, rounds=rounds))
-    return tuple(found)
-
-
-def unique_labels(stems: Sequence[str]) -> list[str]:
-    """File stems; a stem that occurs again gets `#2`, `#3`..."""
-    seen: dict[str, int] = {}
-    labels = []
-    for stem in stems:
-        seen[stem] = seen.get(stem, 0) + 1
-        labels.append(stem if seen[stem] == 1 else f"{stem}#{seen[stem]}")
-    return labels
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

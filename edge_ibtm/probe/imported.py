@@ -1,9 +1,10 @@
-"""Figures that other tools took, brought into the results schema: minibench JSON and executor_runner logs.
+"""Figures that other tools took, brought into the results schema: minibench JSON, executor_runner and XCTest logs.
 
 minibench (ExecuTorch's Android and iOS benchmark apps) writes a list of {benchmarkModel: {name, backend,
 quantization}, metric, actualValue, deviceInfo}. It reports means, which become `Average`: no percentile is
 invented. executor_runner logs "Iteration i of N: X ms" (also through logcat), which become `Latency` with
-every sample.
+every sample. `xcodebuild test` logs `measured [Clock Monotonic Time, s] ... values: [...]` for every `measure` block,
+which become one `Latency` each.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import UsageError
-from edge_ibtm.probe.host import summary
+from edge_ibtm.probe.results import summary
 from edge_ibtm.probe.schema import Average, Device, DeviceKind, Latency, ProbeRun
 
 _ITERATION = re.compile(r"[Ii]teration (\d+)(?:/| of )(\d+):\s*([\d.]+)\s*ms")
 _MODEL = re.compile(r"(?:Model file|model_path[= ]|Loading model:?)\s*['\"]?([^\s'\"]+\.pte)")
+_MEASURED = re.compile(
+    r"(?:'-\[\S+ (?P<test>\w+)\]' )?measured \[(?:Clock Monotonic Time|Time), s(?:econds)?\]"
+    r"[^\n]*?values: \[(?P<values>[^\]]*)\]"
+)
 _LATENCY = ("avg_inference_latency(ms)", "avg_latency(ms)")
 
 
@@ -30,16 +35,20 @@ def import_results(path: str | Path, model: str | None = None, device: Device | 
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"no file {path} to import; give a minibench JSON or an executor_runner log")
+        raise UsageError(
+            f"no file {path} to import; give a minibench JSON, an executor_runner log or an xcodebuild log"
+        )
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = _minibench_rows(text)
     if rows:
         return ProbeRun(results=tuple(_averages(rows, path)))
+    if tests := _xctest(text, path):
+        return ProbeRun(results=tuple(tests))
     samples = iterations(text)
     if not samples:
         raise UsageError(
-            f"{path} holds no minibench metrics (avg_inference_latency(ms)) and no executor_runner lines "
-            "(Iteration 1 of 50: 12.3 ms); run executor_runner with --num_executions 50 and save its log"
+            f"{path} holds no minibench metrics (avg_inference_latency(ms)), no XCTest `measured [...]` lines and no "
+            "executor_runner lines (Iteration 1 of 50: 12.3 ms); run executor_runner with --num_executions 50 and save its log"
         )
     named = _MODEL.search(text)
     result = Latency(
@@ -55,6 +64,20 @@ def import_results(path: str | Path, model: str | None = None, device: Device | 
 def iterations(text: str) -> list[float]:
     """Milliseconds of every iteration that a log of executor_runner tells, in order."""
     return [float(found[3]) for found in _ITERATION.finditer(text)]
+
+
+def _xctest(text: str, path: Path) -> list[Latency]:
+    """One result for each `measure` block of an xcodebuild log; XCTest reports seconds."""
+    device = Device(kind="apple", name="unknown: the log does not say", runtime="XCTest")
+    note = "each value is one pass through a `measure` block, warm-up and threads are the test's own"
+    return [
+        Latency(
+            model=found["test"] or path.stem, device=device, source=f"XCTest log {path.name}", notes=(note,),
+            **summary([1000 * float(value) for value in found["values"].split(",")]),
+        )
+        for found in _MEASURED.finditer(text)
+        if found["values"].strip()
+    ]  # fmt: skip
 
 
 def _minibench_rows(text: str) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import DeviceError
-from edge_ibtm.probe.host import Execution, ratios, sha256_of, summary, unique_labels
+from edge_ibtm.probe.host import Execution
 from edge_ibtm.probe.parity import judge
 from edge_ibtm.probe.phone import Condition, Phone
-from edge_ibtm.probe.schema import Device, Latency, ProbeRun, Profile
+from edge_ibtm.probe.results import latency_of, ratios, unique_labels
+from edge_ibtm.probe.schema import Device, ProbeRun, Profile
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,11 @@ def assemble(measured: Measured, here: list[Execution], expected: Sequence[Seque
         row = measured.report["models"][index]
         parity, notes = judge(measured.outputs[index], here[index], expected[index] if expected else None)
         results.append(
-            Latency(
-                model=label,
-                file=str(file),
-                sha256=sha256_of(file),
-                bytes=file.stat().st_size,
-                device=device,
+            latency_of(
+                file,
+                label,
+                device,
+                measured.samples[index],
                 threads=measured.report["threads"],
                 placement=measured.placement,
                 load_ms=row["load_ms"],
@@ -70,7 +70,6 @@ def assemble(measured: Measured, here: list[Execution], expected: Sequence[Seque
                 parity=parity,
                 profile=measured.profiles[index],
                 notes=(*notes, *_warnings(measured)),
-                **summary(measured.samples[index]),
             )
         )
     return ProbeRun(results=tuple(results), ratios=ratios(results))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from edge_ibtm.errors import UsageError
 from edge_ibtm.probe import facts
-from edge_ibtm.probe.host import host_device, ratios, summary, unique_labels
+from edge_ibtm.probe.host import host_device
 from edge_ibtm.probe.loop import ProbeOptions, sample_rounds, timed_ms, warm_up
+from edge_ibtm.probe.results import ratios, summary, unique_labels
 from edge_ibtm.probe.schema import Device, Latency, ProbeRun
 
 

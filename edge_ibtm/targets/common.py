@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,29 @@ def size_of(path: Path) -> int:
     if path.is_dir():
         return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     return path.stat().st_size
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An ExecuTorch target: `to_edge` takes an exported program to an edge program manager, inside `context()`."""
+
+    name: str
+    to_edge: Callable[[Any], Any]
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def lower_program(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, backend: Backend) -> Artifact:
+    """Capture, lower, write: what every ExecuTorch target does. EdgeIBTMError when any step fails."""
+    program = capture(model, inputs)
+    try:
+        with backend.context():
+            edge = backend.to_edge(program)
+            counts = delegation(edge.exported_program().graph_module)
+            lowered = edge.to_executorch()
+    except Exception as error:  # pass managers wrap whatever a pass raised in a bare Exception
+        raise EdgeIBTMError(f"lowering to {backend.name} failed: {first_line(error.__cause__ or error)}") from error
+    write_program(lowered, path)
+    return artifact_of(path, backend.name, counts)
 
 
 def write_program(program: Any, path: Path) -> None:

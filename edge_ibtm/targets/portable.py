@@ -7,22 +7,16 @@ from typing import Any
 
 import torch
 
-from edge_ibtm.errors import EdgeIBTMError
-from edge_ibtm.targets.common import Artifact, artifact_of, capture, delegation, first_line, write_program
+from edge_ibtm.targets.common import Artifact, Backend, lower_program
 from edge_ibtm.targets.lean import lean
 
 
 def lower_portable(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> Artifact:
     """Lower to a `.pte` of portable kernels only (fp32, or the dequantized arithmetic of a converted graph)."""
+    return lower_program(model, inputs, path, Backend("portable", _to_edge, lean))
+
+
+def _to_edge(program: torch.export.ExportedProgram) -> Any:
     from executorch.exir import EdgeCompileConfig, to_edge
 
-    program = capture(model, inputs)
-    try:
-        with lean():
-            edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
-            counts = delegation(edge.exported_program().graph_module)
-            lowered = edge.to_executorch()
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise EdgeIBTMError(f"lowering to portable kernels failed: {first_line(error)}") from error
-    write_program(lowered, path)
-    return artifact_of(path, "portable", counts)
+    return to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))

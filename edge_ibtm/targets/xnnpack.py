@@ -7,15 +7,7 @@ from typing import Any
 
 import torch
 
-from edge_ibtm.errors import EdgeIBTMError
-from edge_ibtm.targets.common import (
-    Artifact,
-    artifact_of,
-    capture,
-    delegation,
-    first_line,
-    write_program,
-)
+from edge_ibtm.targets.common import Artifact, Backend, lower_program
 from edge_ibtm.targets.lean import lean
 from edge_ibtm.targets.runtime import run_pte
 
@@ -24,16 +16,7 @@ __all__ = ["lower_xnnpack", "run_pte"]
 
 def lower_xnnpack(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> Artifact:
     """Lower to a `.pte` whose delegated parts run in XNNPACK (fp32, or int8 where the graph is quantized)."""
-    program = capture(model, inputs)
-    try:
-        with lean():
-            edge = _to_edge(program)
-            counts = delegation(edge.exported_program().graph_module)
-            lowered = edge.to_executorch()
-    except Exception as error:  # pass managers wrap whatever a pass raised in a bare Exception
-        raise EdgeIBTMError(f"lowering to xnnpack failed: {first_line(error.__cause__ or error)}") from error
-    write_program(lowered, path)
-    return artifact_of(path, "xnnpack", counts)
+    return lower_program(model, inputs, path, Backend("xnnpack", _to_edge, lean))
 
 
 def _to_edge(program: torch.export.ExportedProgram) -> Any:

@@ -1,0 +1,75 @@
+"""What an artifact in a run directory of `compress` came from: its model, and held-out images to compare them on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_ibtm.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model of an artifact, normalised held-out images [n, 3, H, W], and the least SQNR of the run's gate, dB."""
+
+    reference: nn.Module
+    images: torch.Tensor
+    stage: str
+    min_sqnr_db: float | None
+
+
+def origin_of(artifact: Path, count: int | None = None) -> Origin:
+    """Find the origin of `artifact` through the report.json beside it. count: images, None takes the recipe's number.
+
+    Errors: UsageError when the artifact is not in a run directory, is not the one of its report, or its model is gone.
+    """
+    report_file = artifact.parent / "report.json"
+    if not report_file.is_file():
+        raise UsageError(
+            f"nothing says which model {artifact} came from: give --model (and --weights, --keep-ratio), or verify it in "
+            "the run directory of `edge-ibtm compress`"
+        )
+    report = json.loads(report_file.read_text(encoding="utf-8"))
+    row = next((a for a in report["artifacts"] if Path(a["path"]).name == artifact.name), None)
+    if row is None:
+        raise UsageError(f"{report_file} knows no {artifact.name}; give --model")
+    stage = row["from_stage"]
+    return _origin(artifact.parent, stage, row["precision"], report, count)
+
+
+def _origin(run: Path, stage: str, precision: str, report: dict[str, Any], count: int | None) -> Origin:
+    import torch
+
+    from edge_ibtm.checkpoint import ModelSpec, build
+    from edge_ibtm.config import Recipe
+    from edge_ibtm.data import load_data, view_of
+    from edge_ibtm.gates import sqnr_limit
+    from edge_ibtm.stages import CONVERTED, WEIGHTS, load_converted
+
+    recipe, record = Recipe.model_validate(report["recipe"]), report["stages"][stage]
+    entry = _entry_folder(run, stage, record)
+    if stage == "quantize":
+        reference = load_converted(entry / CONVERTED)
+    else:
+        reference = build(ModelSpec.from_json(record["spec"]), entry / WEIGHTS)
+    data = load_data(recipe.data, view_of(recipe.model.name, recipe.model.img_size), seed=recipe.seed)
+    number = min(count or recipe.verify.images, len(data.test))
+    images = torch.stack([data.test[i][0] for i in range(number)])
+    return Origin(reference, images, stage, sqnr_limit(recipe.verify, precision))
+
+
+def _entry_folder(run: Path, stage: str, record: dict[str, Any]) -> Path:
+    """The finished stage whose record the report holds."""
+    for folder in sorted((run / "stages").glob(f"{stage}-*")):
+        entry = folder / "entry.json"
+        if entry.is_file() and json.loads(entry.read_text(encoding="utf-8"))["record"] == record:
+            return folder
+    raise UsageError(
+        f"the model of stage {stage} is no longer under {run / 'stages'}; run compress again, or give --model"
+    )
