@@ -1,9 +1,9 @@
 """Experiment (b): MobileViT-XXS and EfficientViT-B0 at 128 px on CIFAR-10, merged and fine-tuned, every method alike.
 
-The base model is trained once (`accuracy.py base`). With a `Setup` of its own the same cells run on any labelled images and
-full-size models (`accuracy.py run --experiment b --data /data/imagenet --weights pretrained`). A cell inserts a method into it, fine-tunes on a number of training
-images (0: off the shelf), and is evaluated on test images. A cell interrupted by the time budget continues from its
-checkpoint.
+The base model is trained once (`accuracy.py base`). With a `Setup` of its own the same cells run on any labelled images
+and full-size models (`accuracy.py run --experiment b --data /data/imagenet --weights pretrained`). A cell inserts a method
+into the base, fine-tunes on a number of training images (0: off the shelf), and is evaluated on test images. One that the
+time budget interrupts continues from its checkpoint.
 """
 
 from __future__ import annotations
