@@ -30,8 +30,12 @@ def section(model: str, run: ProbeRun) -> str:
     device = found[0].device
     host = f"{device.name}, {device.runtime}, {device.facts['emulator']}; taken {run.taken}"
     rows = "".join(_table_row(result, found) for result in found)
-    notes = "".join(f"- {result.model}: {'; '.join(result.notes)}\n" for result in found)
+    notes = "".join(f"- {result.model}: {'; '.join((_limit(result), *result.notes))}\n" for result in found)
     return f"\n## {model}\n\n{host}. Command: `python benchmarks/arm.py --model {model}`.\n\n{_COLUMNS}{rows}\n{notes}"
+
+
+def _limit(result: Emulated) -> str:
+    return f"parity asked for: {result.parity.limit}" if result.parity else "parity not asked for"
 
 
 def _table_row(result: Emulated, found: list[Emulated]) -> str:
