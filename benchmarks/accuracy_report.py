@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from accuracy_cells import mcnemar, read_all, unpack
+from accuracy_cells import RESULTS, mcnemar, read_all, unpack
 
 Record = dict[str, Any]
 RIVALS = ("tome", "tofu", "ltmp", "tome_ltmp", "tofu_ltmp", "evit", "ats")
@@ -153,6 +154,14 @@ def summary(records: list[Record], own: str) -> str:
     return table(header, rows) if rows else "Nothing to compare yet."
 
 
+def training_step() -> str:
+    """Cost of a training step of merged models against their bases, as `accuracy.py step` kept it."""
+    kept = [json.loads(path.read_text()) for path in sorted((RESULTS.parent / "training_step").glob("*.json"))]
+    header = ("model", "keep ratio", "px", "batch", "base ms", "merged ms", "ratio", "rounds", "threads")
+    keys = ("model", "keep_ratio", "side", "batch", "base_ms", "merged_ms", "ratio", "rounds", "threads")
+    return table(header, ([r[k] for k in keys] for r in kept)) if kept else "Not measured yet."
+
+
 def write_report(to: Path) -> str:
     """Write the report and return a line about it."""
     records = list(read_all())
@@ -175,6 +184,9 @@ def write_report(to: Path) -> str:
         "model at the side with the same MACs. The first row is the unmerged model, fine-tuned alike. Off the shelf (0 images) "
         "lower_resolution sees a size that it was not trained at.",
         *tuned(b),
+        "## A training step of the merged model against the base's",
+        "Forward, backward and optimizer step, the two models in turn in one process (`accuracy.py step`); medians.",
+        training_step(),
     ]  # fmt: skip
     notes = Path(__file__).parent / "accuracy_notes.md"
     if notes.is_file():
