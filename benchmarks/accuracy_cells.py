@@ -62,6 +62,10 @@ def _free_pairs(m: IBTM) -> None:
     m.log_lambda, m.threshold = fresh.log_lambda, fresh.threshold
 
 
+def _even_runs(m: IBTM) -> None:
+    m.log_lambda = m.threshold = None
+
+
 def _fixed_eta(m: IBTM) -> None:
     m.information.log_eta.requires_grad_(False)
 
@@ -78,6 +82,7 @@ VARIANTS: dict[str, Callable[[IBTM], Any]] = {
     "ibtm-no_lambda": _no_penalty,
     "ibtm-paper_step": lambda m: setattr(m.information, "conditional", False),
     "ibtm-free_pairs": _free_pairs,
+    "ibtm-even_runs": _even_runs,
     "ibtm-fixed_eta": _fixed_eta,
     "ibtm-no_step": _no_step,
 }

@@ -23,8 +23,10 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
     from timm.models.efficientvit_mit import LiteMLA
     from timm.models.mobilevit import LinearSelfAttention, MobileVitBlock
     from timm.models.swin_transformer import WindowAttention
+    from timm.models.vision_transformer import VisionTransformer
 
     from edge_ibtm.rewrite_attention import SplitAttention, SplitWindowAttention
+    from edge_ibtm.rewrite_class_token import class_token_only
     from edge_ibtm.rewrite_linear_attention import ChannelFirstMLA, SlicedLinearAttention
     from edge_ibtm.rewrite_mobilevit import OnePermuteBlock
     from edge_ibtm.rewrite_norm import LinearNorm, PooledGroupNorm
@@ -38,6 +40,7 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
         LiteMLA: ChannelFirstMLA.of,
         LinearSelfAttention: SlicedLinearAttention.of,
         MobileVitBlock: OnePermuteBlock.of,
+        VisionTransformer: class_token_only,
         nn.Dropout: _identity,
         layers.DropPath: _identity,
     }

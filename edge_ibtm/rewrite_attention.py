@@ -81,20 +81,24 @@ class SplitAttention(nn.Module):
         return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim)
 
     def forward(self, x: torch.Tensor, attn_mask: Any = None, is_causal: bool = False) -> torch.Tensor:
-        batch, tokens, _ = x.shape
-        q, k, v = self.qkv.q(x), self.qkv.k(x), self.qkv.v(x)
-        self.qkv(q, k, v)
+        return self.answer(x, x, causal_bias(x.shape[1], x) if is_causal else additive(attn_mask, x))
+
+    def answer(self, asking: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """What the queries of `asking` [B, M, C] get from keys and values of x [B, N, C]: [B, M, C]."""
+        batch, tokens, _ = asking.shape
+        q, k, v = self.qkv.q(asking), self.qkv.k(x), self.qkv.v(x)
+        if asking is x:
+            self.qkv(q, k, v)
         queries = self.q_norm(self._heads(q).permute(0, 2, 1, 3))
         keys = self.k_norm(self._heads(k).permute(0, 2, 1, 3))
         plain = isinstance(self.k_norm, nn.Identity)
         keys_t = self._heads(k).permute(0, 2, 3, 1) if plain else keys.transpose(-2, -1)
         if self.scale != 1.0:
             queries = queries * self.scale
-        bias = causal_bias(tokens, x) if is_causal else additive(attn_mask, x)
         out = attend(queries, keys_t, self._heads(v).permute(0, 2, 1, 3), bias)
         out = self.norm(out.permute(0, 2, 1, 3).reshape(batch, tokens, self.attn_dim))
         if self.gate is not None:
-            out = out * torch.sigmoid(self.gate(x))
+            out = out * torch.sigmoid(self.gate(asking))
         return self.proj(out)
 
 

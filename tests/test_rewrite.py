@@ -12,6 +12,7 @@ from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
+import edge_ibtm
 from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.rewrite import export_rewritten, prepare_for_export
 from edge_ibtm.rewrite_attention import SplitAttention, SplitWindowAttention
@@ -98,6 +99,26 @@ def test_attention_can_be_hooked_like_the_original():
     torch.testing.assert_close(seen["old", "k_norm"], seen["new", "k_norm"])
     torch.testing.assert_close(seen["old", "q_norm"] * attn.scale, seen["new", "q_norm"] * split.scale)
     torch.testing.assert_close(seen["old", "qkv"][..., 24:], seen["new", "qkv"][..., 24:])
+
+
+@pytest.mark.parametrize(("density", "merger"), [("once", "tome"), ("block", "ibtm"), (None, None)])
+def test_last_vit_block_computes_the_class_token_alone(density, merger):
+    options = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+    vit = shaken(timm.models.VisionTransformer(**options, reg_tokens=2, init_values=0.5, qk_norm=True))
+    if merger:
+        edge_ibtm.insert_mergers(vit, merger=merger, keep_ratio=0.6, density=density)
+    twin = prepare_for_export(vit)
+    rows = []
+    twin.blocks.get_submodule("2").mlp.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[1]))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert sqnr(vit(images), twin(images)) >= 100
+    assert rows == [1]
+
+
+def test_a_vit_that_pools_its_tokens_keeps_its_last_block():
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, global_pool="avg").eval()
+    assert type(prepare_for_export(vit).blocks[-1]) is timm.models.vision_transformer.Block
 
 
 @pytest.mark.parametrize("masked", [False, True])
