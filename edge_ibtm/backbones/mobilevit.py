@@ -69,14 +69,14 @@ class MergedMobileVitBlock(nn.Module):
     def _unfold(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, C, H, W] -> patch tokens [B, N, area * C]."""
         batch, channels = x.shape[:2]
-        x = x.reshape(batch, channels, grid[0], self.patch_size[0], grid[1], self.patch_size[1])
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid[0] * grid[1], self.patch_area * channels)
+        x = x.permute(0, 2, 3, 1).reshape(batch, grid[0], self.patch_size[0], grid[1], self.patch_size[1], channels)
+        return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, grid[0] * grid[1], self.patch_area * channels)
 
     def _fold(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch tokens [B, N, area * C] -> [B, C, H, W]."""
         (ph, pw), batch = self.patch_size, tokens.shape[0]
-        x = tokens.reshape(batch, *grid, ph, pw, -1).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(batch, -1, grid[0] * ph, grid[1] * pw)
+        x = tokens.reshape(batch, *grid, ph, pw, -1).permute(0, 1, 3, 2, 4, 5)
+        return x.reshape(batch, grid[0] * ph, grid[1] * pw, -1).permute(0, 3, 1, 2)
 
     def _pixels(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, area * C] -> timm's sequences, one a pixel of the patch: [B * area, N, C]."""
