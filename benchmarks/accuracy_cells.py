@@ -91,6 +91,7 @@ RECIPE: dict[str, Any] = {"lambda_ib": 0.3, "ib_start": 0.0, "ib_conditional": F
 TRAINING: dict[str, dict[str, Any]] = {
     "ibtm-plain": {"lambda_ib": 0.0, "distill": 0.0},
     "ibtm-no_ib_loss": {"lambda_ib": 0.0},
+    "ibtm-strong_ib_loss": {"lambda_ib": 1.0},
     "ibtm-no_distill": {"distill": 0.0},
     "ibtm-conditional_loss": {"ib_conditional": True},
     "ibtm-half_clusters": {"ib_clusters": 5},

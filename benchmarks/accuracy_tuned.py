@@ -102,7 +102,7 @@ def cells(grid: Grid = Grid()) -> list[Cell]:
 
 def _ablations(ratio: float) -> tuple[str, ...]:
     """All of them at one keep ratio; at others what tells the merging from the training."""
-    return ABLATIONS if ratio == 0.5 else ("ibtm-plain", "tome-distilled", "uniform-distilled")
+    return ABLATIONS if ratio == 0.5 else ("ibtm-plain", "ibtm-strong_ib_loss", "tome-distilled", "uniform-distilled")
 
 
 def base_path(model: str) -> Path:

@@ -47,8 +47,11 @@ def images_of(batch: Any) -> torch.Tensor:
 def capture_graph(model: nn.Module, example: torch.Tensor) -> torch.fx.GraphModule:
     """The rewritten model as a graph module, its operators not yet decomposed."""
     from edge_ibtm.rewrite import export_rewritten
+    from edge_ibtm.rewrite_graph import pads_as_concatenations
 
-    return export_rewritten(model, (example,)).module()
+    graph = export_rewritten(model, (example,)).module()
+    pads_as_concatenations(graph)
+    return graph
 
 
 def module_types(node: Node) -> list[str]:

@@ -58,13 +58,15 @@ class Site(nn.Module):
     Stateless but for the merger's parameters; every count follows from the shape of the tokens.
     """
 
-    def __init__(self, merger: Merger, keep_ratio: float, layout: str, depth: float = 0.0, longest: int = 16) -> None:
+    def __init__(
+        self, merger: Merger, keep_ratio: float, layout: str, depth: float = 0.0, longest: int = 16, rows_alone: bool = False
+    ) -> None:
         super().__init__()
         check_ratio(keep_ratio)
         if layout not in ("sequence", "grid"):
             raise UsageError(f"unknown layout {layout!r}; known: sequence, grid")
         self.merger, self.keep_ratio, self.layout, self.depth = merger, keep_ratio, layout, depth
-        self.longest = longest
+        self.longest, self.rows_alone = longest, rows_alone
 
     def extra_repr(self) -> str:
         return f"keep_ratio={self.keep_ratio}, layout={self.layout!r}, depth={self.depth:.2f}"
@@ -78,7 +80,7 @@ class Site(nn.Module):
         assert grid is not None
         if grid[0] * grid[1] + prefix != tokens:
             raise UsageError(f"grid {grid[0]} x {grid[1]} does not hold {tokens} tokens, {prefix} of them prefix")
-        height, width = kept_grid(*grid, self.keep_ratio, self.longest)
+        height, width = kept_grid(*grid, self.keep_ratio, self.longest, self.rows_alone)
         return prefix + height * width
 
     def forward(self, tokens: Tokens, grid: tuple[int, int] | None = None, turned: bool = False) -> Merged:
@@ -101,7 +103,7 @@ class Site(nn.Module):
         return _merged(tokens, plan, None)
 
     def _grid(self, tokens: Tokens, grid: tuple[int, int], turned: bool) -> Merged:
-        kept = kept_grid(*grid, self.keep_ratio, self.longest)
+        kept = kept_grid(*grid, self.keep_ratio, self.longest, self.rows_alone)
         cuts = (tiles(grid[0], self.longest), tiles(grid[1], self.longest))
         rows = columns = None
         current = _without_prefix(tokens)

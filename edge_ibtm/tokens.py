@@ -24,6 +24,7 @@ from .errors import UsageError
 _HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
 _PROTECTED = 1e4  # lowers a score below every cosine, however penalised
 _EPS = 1e-12
+SHORT = 8  # tokens of a line whose similarities an exported graph cuts from all pairs' products
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "positions": lambda n: np.arange(1, n + 1)[:, None],
         "before": lambda n: np.tril(np.ones((n, n)), -1),
         "upto": lambda n: np.triu(np.ones((n, n))),
+        "eye": lambda n: np.eye(n),
         "ones": lambda n: np.ones((n, 1)),
         "stays": lambda lines, n: np.ones((lines, 1, n)),
         "sizes": lambda lines, n: np.ones((lines, n)),
@@ -117,28 +119,34 @@ def check_ratio(keep_ratio: float) -> None:
         raise UsageError(f"keep ratio {keep_ratio!r} is outside (0, 1]; 0.7 keeps 70 % of the tokens")
 
 
-def kept_grid(height: int, width: int, keep_ratio: float, longest: int = 16) -> tuple[int, int]:
+def kept_grid(
+    height: int, width: int, keep_ratio: float, longest: int = 16, rows_alone: bool = False
+) -> tuple[int, int]:
     """The grid (H', W') whose area is nearest to keep_ratio * H * W, sides cut alike, each side at least halved at most.
 
     Sides longer than `longest` are cut into equal tiles that merge on their own, so H' and W' are multiples of the number of
-    tiles. Small odd sides may not go down to the ratio.
+    tiles. Small odd sides may not go down to the ratio. rows_alone: only W changes where that keeps at least 0.65 of
+    it and no more tokens than both axes would: half the matching, where nothing that follows looks at the shape of the grid.
     Raises UsageError for a ratio outside (0, 1] or below a quarter, which one matching per axis never goes under.
     """
     check_ratio(keep_ratio)
     if keep_ratio < 0.25:
         raise UsageError(f"keep ratio {keep_ratio} cannot be met by a grid: one matching per axis keeps at least 0.25")
     sides = [[t * k for k in range((s // t + 1) // 2, s // t + 1)] for s in (height, width) for t in [tiles(s, longest)]]
-    best = min(
+    full = (height, width)
+    both = min(
         ((h, w) for h in sides[0] for w in sides[1]),
-        key=lambda hw: (_misfit(hw, (height, width), keep_ratio), -hw[0]),
+        key=lambda hw: (_distance(hw, full, keep_ratio) + 0.2 * abs(hw[0] / height - hw[1] / width), -hw[0]),
     )
-    return best
+    narrow = min(((height, w) for w in sides[1]), key=lambda hw: _distance(hw, full, keep_ratio))
+    fits = 0.65 * width <= narrow[1] < width and height * narrow[1] <= both[0] * both[1]
+    return narrow if rows_alone and fits and _distance(narrow, full, keep_ratio) < 0.1 else both
 
 
-def _misfit(kept: tuple[int, int], full: tuple[int, int], ratio: float) -> float:
-    """Distance from the ratio, tokens too many counting twice, plus a share of how unlike the sides are cut."""
-    h, w = kept[0] / full[0], kept[1] / full[1]
-    return max(ratio - h * w, 2 * (h * w - ratio)) + 0.2 * abs(h - w)
+def _distance(kept: tuple[int, int], full: tuple[int, int], ratio: float) -> float:
+    """How far a kept grid is from the ratio, tokens too many counting twice."""
+    left = kept[0] * kept[1] / (full[0] * full[1])
+    return max(ratio - left, 2 * (left - ratio))
 
 
 def tiles(side: int, longest: int = 16) -> int:
@@ -167,6 +175,14 @@ def interleave(even: Tensor, odd: Tensor) -> Tensor:
     first = even[..., :pairs] if longer else even
     woven = torch.cat([first.reshape(lines, pairs, 1), odd.reshape(lines, pairs, 1)], 2).reshape(lines, 1, 2 * pairs)
     return torch.cat([woven, even[..., pairs:]], 2) if longer else woven
+
+
+def odd_columns(x: Tensor) -> Tensor:
+    """The odd positions of the last axis of x [R, a, L]: [R, a, floor(L/2)], by views and slices only."""
+    lines, rows, length = x.shape
+    pairs = length // 2
+    paired = (x[..., : 2 * pairs] if length % 2 else x).reshape(lines, rows * pairs, 2)
+    return paired[..., 1:].reshape(lines, rows, pairs)
 
 
 def row_max(x: Tensor) -> Tensor:
@@ -199,9 +215,24 @@ def unit(x: Tensor) -> Tensor:
 
 
 def similarity(metric: Tensor) -> Tensor:
-    """Cosine similarity [R, ceil(L/2), floor(L/2)] of the even with the odd tokens of metric [R, L, D]."""
+    """Cosine similarity [R, ceil(L/2), floor(L/2)] of the even with the odd tokens of metric [R, L, D].
+
+    In an exported graph short lines take all pairs' products, and cut and scale the small matrix instead of the features.
+    """
+    if torch.compiler.is_exporting() and metric.shape[1] <= SHORT:
+        return _cut_from_all_pairs(metric)
     even, odd = halves(unit(metric))
     return float32(even @ odd.transpose(1, 2))
+
+
+def _cut_from_all_pairs(metric: Tensor) -> Tensor:
+    """The same cosines, from the products of all tokens of a line with each other."""
+    lines, length, _ = metric.shape
+    gram = float32(metric @ metric.transpose(1, 2))
+    squares = (gram * constant("eye", length, like=gram)) @ constant("ones", length, like=gram)
+    scale = torch.rsqrt(squares + _EPS)
+    even, _ = halves(gram * scale * scale.reshape(lines, 1, length))
+    return odd_columns(even)
 
 
 def _slots(kept: Tensor) -> Tensor:

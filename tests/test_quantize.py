@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from edge_ibtm import insert_mergers
@@ -13,6 +14,7 @@ from edge_ibtm.errors import UsageError
 from edge_ibtm.quantize import quantize
 from edge_ibtm.quantize_qat import quantize_qat
 from edge_ibtm.quantize_sensitivity import fake_activation, fake_weight, sqnr_db
+from edge_ibtm.rewrite_graph import pads_as_concatenations
 from edge_ibtm.targets import lower
 from edge_ibtm.verify import Limits, verify
 
@@ -126,3 +128,26 @@ def test_bad_requests(vit):
         quantize(model, [])
     with pytest.raises(UsageError, match="tensor of images"):
         quantize(model, [["cat.jpg"]])
+
+
+@pytest.mark.parametrize("pads", [[0, 0, 0, 2, 1, 0], [1, 2], [0, 0, 0, 0]])
+def test_padding_written_as_a_concatenation_is_equal(pads):
+    class Padded(nn.Module):
+        def forward(self, x):
+            return F.pad(x, pads) * 2.0
+
+    x = torch.randn(1, 3, 4, 5)
+    graph = torch.export.export(Padded(), (x,)).module()
+    pads_as_concatenations(graph)
+    assert torch.equal(graph(x), Padded()(x))
+    assert not any("pad" in str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [56, 48])
+def test_a_swin_that_pads_its_windows_loads_in_int8(side, tmp_path):
+    options = {"patch_size": 4, "window_size": 7, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 5}
+    model = SwinTransformer(img_size=side, **options).eval()
+    images = torch.randn(4, 3, side, side)
+    artifact = lower(quantize(model, [images[:1]]), images[:1], tmp_path / "swin.pte")
+    assert verify(model, artifact, images).sqnr_db > 5

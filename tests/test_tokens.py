@@ -143,6 +143,22 @@ def test_kept_grid_keeps_tiles_whole(height: int, width: int, ratio: float) -> N
     assert tokens.kept_grid(height, width, 1.0) == (height, width)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.3, 1.0))
+def test_rows_merge_alone_only_where_that_meets_the_ratio(height: int, width: int, ratio: float) -> None:
+    alone, both = tokens.kept_grid(height, width, ratio, 8, True), tokens.kept_grid(height, width, ratio, 8)
+    if alone != both:
+        assert alone[0] == height and 0.65 * width <= alone[1] < width
+        assert ratio - 0.1 < alone[1] / width < ratio + 0.05
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, tokens.SHORT), st.integers(0, 10**6))
+def test_short_lines_are_exported_with_the_same_cosines(length: int, seed: int) -> None:
+    metric = torch.randn(3, length, 32, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(tokens._cut_from_all_pairs(metric), tokens.similarity(metric), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan"), "a"])
 def test_ratios_outside_are_refused(ratio: float) -> None:
     with pytest.raises(UsageError, match="outside"):

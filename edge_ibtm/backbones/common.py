@@ -68,12 +68,13 @@ class SiteMaker:
                     "raise it, or spread it over more sites (density='block')"
                 )
 
-    def __call__(self, dim: int, longest: int = 16) -> Site:
-        """The next site, for tokens of width `dim`."""
+    def __call__(self, dim: int, longest: int = 16, rows_alone: bool = False) -> Site:
+        """The next site, for tokens of width `dim`; longest, rows_alone: see `tokens.kept_grid`."""
         settings, index = self.settings, self.made
         self.made += 1
         merger = make_merger(settings.merger, dim, settings.classes)
-        return Site(merger, self.ratios[index], settings.layout, depth=index / max(self.count, 1), longest=longest)
+        depth = index / max(self.count, 1)
+        return Site(merger, self.ratios[index], settings.layout, depth, longest, rows_alone)
 
 
 class MergedBlocks(nn.Module):

@@ -175,12 +175,12 @@ def insert(model: nn.Module, settings: Settings) -> None:
         "stage": [1] * len(blocks), "once": [1] + [0] * (len(blocks) - 1), "block": [len(b.transformer) for b in blocks],
         "progressive": [min(2, len(b.transformer)) for b in blocks],
     }  # fmt: skip
-    sites = counts[settings.density]
+    counted = counts[settings.density]
     if settings.density == "progressive" and not isinstance(settings.keep_ratio, Sequence):
-        ratios = [r for count in sites for r in spread(settings.keep_ratio, count)]
+        ratios = [r for count in counted for r in spread(settings.keep_ratio, count)]
         settings = replace(settings, keep_ratio=ratios)
-    maker = SiteMaker(settings, sum(sites))
-    made = iter(sites)
+    maker = SiteMaker(settings, sum(counted))
+    made = iter(counted)
 
     def change(block: MobileVitBlock) -> nn.Module:
         count = next(made)
@@ -188,7 +188,9 @@ def insert(model: nn.Module, settings: Settings) -> None:
             return block
         inner = block.conv_kxk.conv.in_channels if settings.density == "once" else block.conv_1x1.out_channels  # type: ignore[union-attr]
         width = inner * block.patch_area
-        return MergedMobileVitBlock(block, [maker(width) for _ in range(count)], settings.density).train(block.training)
+        restored = settings.density in ("stage", "block")
+        sites = [maker(width, rows_alone=restored) for _ in range(count)]
+        return MergedMobileVitBlock(block, sites, settings.density).train(block.training)
 
     replace_modules(model, MobileVitBlock, change)
     if settings.density == "once":

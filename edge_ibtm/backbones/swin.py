@@ -64,7 +64,7 @@ def insert(model: nn.Module, settings: Settings) -> None:
     chosen = [range(len(s.blocks)) if settings.density == "block" else range(1) for s in stages]
     maker = SiteMaker(settings, sum(len(c) for c in chosen))
     for stage, indices in zip(stages, chosen):
-        sites: dict[int, Site] = {i: maker(stage.blocks[i].dim, WINDOW) for i in indices}
+        sites: dict[int, Site] = {i: maker(stage.blocks[i].dim, WINDOW, rows_alone=True) for i in indices}
         stage.blocks = MergedSwinBlocks(stage.blocks, sites)
 
 
