@@ -23,10 +23,8 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
     from timm.models.efficientvit_mit import LiteMLA
     from timm.models.mobilevit import LinearSelfAttention, MobileVitBlock
     from timm.models.swin_transformer import WindowAttention
-    from timm.models.vision_transformer import VisionTransformer
 
     from edge_ibtm.rewrite_attention import SplitAttention, SplitWindowAttention
-    from edge_ibtm.rewrite_class_token import class_token_only
     from edge_ibtm.rewrite_linear_attention import ChannelFirstMLA, SlicedLinearAttention
     from edge_ibtm.rewrite_mobilevit import OnePermuteBlock
     from edge_ibtm.rewrite_norm import LinearNorm, PooledGroupNorm
@@ -40,7 +38,6 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
         LiteMLA: ChannelFirstMLA.of,
         LinearSelfAttention: SlicedLinearAttention.of,
         MobileVitBlock: OnePermuteBlock.of,
-        VisionTransformer: class_token_only,
         nn.Dropout: _identity,
         layers.DropPath: _identity,
     }
@@ -49,11 +46,12 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
 
 def prepare_for_export(model: nn.Module) -> nn.Module:
     """A rewritten copy of `model` in eval mode, equal to it up to rounding; the original is untouched; idempotent."""
+    from edge_ibtm.rewrite_class_token import class_token_only
     from edge_ibtm.rewrite_conv import fold_batch_norms
 
     twin = copy.deepcopy(model).eval()
     fold_batch_norms(twin)
-    return rewrite_modules(twin, rewrites())
+    return class_token_only(rewrite_modules(twin, rewrites()))
 
 
 def export_rewritten(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:

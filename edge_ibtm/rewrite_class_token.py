@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from edge_ibtm.backbones.common import MergedBlocks
@@ -32,19 +32,19 @@ class ClassTokenBlock(nn.Module):
         return first + self.ls2(self.mlp(self.norm2(first)))
 
 
-def class_token_only(vit: Any) -> nn.Module:
+def class_token_only(model: nn.Module) -> nn.Module:
     """Reduce the last block of a timm VisionTransformer whose head reads the class token only; others stay as they are.
 
-    A site of that block goes too: the class token is never merged, and nothing reads the others after it.
+    A site of that block goes too: the class token is never merged, and nothing reads the others after it. Only for a
+    model that is exported itself: a module around it might ask for all features.
     """
-    blocks = list(vit.blocks.named_children())
-    if isinstance(vit.blocks, MergedBlocks):
-        blocks = [(name, block) for name, block in blocks if name != "sites"]
-    name, last = blocks[-1]
-    reads_token = vit.global_pool == "token" and vit.attn_pool is None and vit.has_class_token
-    if not reads_token or type(last) is not Block or type(last.attn) is not SplitAttention:
-        return vit
-    setattr(vit.blocks, name, ClassTokenBlock(last))
-    if isinstance(vit.blocks, MergedBlocks) and name in vit.blocks.sites:
-        del vit.blocks.sites[name]
-    return vit
+    if type(model) is not VisionTransformer or model.global_pool != "token" or model.attn_pool is not None:
+        return model
+    blocks: Any = model.blocks
+    name, last = [(n, b) for n, b in blocks.named_children() if n != "sites"][-1]
+    if not model.has_class_token or type(last) is not Block or type(last.attn) is not SplitAttention:
+        return model
+    setattr(blocks, name, ClassTokenBlock(last))
+    if isinstance(blocks, MergedBlocks) and name in blocks.sites:
+        del blocks.sites[name]
+    return model

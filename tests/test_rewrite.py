@@ -116,6 +116,20 @@ def test_last_vit_block_computes_the_class_token_alone(density, merger):
     assert rows == [1]
 
 
+def test_a_vit_whose_features_are_asked_for_keeps_all_tokens():
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.vit.forward_features(x)
+
+    model, images = Features().eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert sqnr(model(images), prepare_for_export(model)(images)) >= 100
+
+
 def test_a_vit_that_pools_its_tokens_keeps_its_last_block():
     vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, global_pool="avg").eval()
     assert type(prepare_for_export(vit).blocks[-1]) is timm.models.vision_transformer.Block
