@@ -18,6 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from latency_variants import Variant, model_of  # noqa: E402
 
 Run = Callable[[], Any]
+SPIN = 0.3  # s; idle OpenMP workers keep a core busy for up to 0.2 s, which would slow whatever is timed next
 
 
 def _torch(request: dict[str, Any], variant: Variant, image: Any) -> Run:
@@ -70,12 +71,16 @@ ENGINES = {
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Load every variant, warm all up, then time one run of each a round. Milliseconds."""
+    """Load every variant, warm all up, then time one run of each a round. Milliseconds.
+
+    With more threads each timed run follows an untimed one of the same variant, and a pause after engines that spin.
+    """
     import torch
 
     torch.set_num_threads(request["threads"])
     image = torch.randn(1, 3, request["size"], request["size"], generator=torch.Generator().manual_seed(0))
     runs: dict[str, Run] = {}
+    engines = {given["name"]: given["engine"] for given in request["variants"]}
     results: dict[str, Any] = {}
     for given in request["variants"]:
         variant = Variant(**given)
@@ -92,9 +97,13 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         results[variant.name] = {"load_ms": 1e3 * (loaded - start), "first_ms": 1e3 * (first - loaded), "samples": []}
     for round_number in range(-request["warmup"], request["repeats"]):
         for name, run in runs.items():
+            if request["threads"] > 1:
+                run()
             start = time.perf_counter()
             run()
             taken = 1e3 * (time.perf_counter() - start)
+            if engines[name] != "executorch" and request["threads"] > 1:
+                time.sleep(SPIN)
             if round_number >= 0:
                 results[name]["samples"].append(round(taken, 4))
     return results
