@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import edge_ibtm
 from edge_ibtm.mergers.controls import RandomDrop, RandomMerge
 from edge_ibtm.mergers.ibtm import IBTM
+from edge_ibtm.statistics_sites import refresh_mask_buffers
 
 RESULTS = Path(os.environ.get("EDGE_IBTM_RESULTS", Path(__file__).parent / "results" / "accuracy"))
 
@@ -144,6 +145,12 @@ def fit_probe(features: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
     probe.fit(features.numpy(), labels.numpy())
     return lambda x: torch.from_numpy(probe.predict(x.numpy()))
+
+
+def fill_buffers(model: nn.Module, images: Any) -> None:
+    """Fill IBTM's mask buffers from labelled images (accuracy_data.Upsampled); other methods have none."""
+    batches = zip(images.images.split(50), images.labels.split(50))
+    refresh_mask_buffers(model, ((images.view(part), labels) for part, labels in batches))
 
 
 @torch.no_grad()

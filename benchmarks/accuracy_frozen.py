@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_cells import Cell, fit_probe, ib_record, insert, mcnemar, pack, pooled, write
+from accuracy_cells import Cell, fill_buffers, fit_probe, ib_record, insert, mcnemar, pack, pooled, write
 from accuracy_data import Upsampled, focus_vit, load_set
 from torch import Tensor
 
 from edge_ibtm.macs import count_macs
-from edge_ibtm.statistics_sites import refresh_mask_buffers
 
 SIDE, TOKENS = 112, 65
 DATA = ("fashion", "cifar10")
@@ -60,9 +59,7 @@ def _probes(data: str) -> list[Any]:
 def _features(cell: Cell, test: Upsampled) -> tuple[Tensor, int]:
     """Features [n, D] of the test images under the cell's method, and the model's MACs."""
     model = insert(focus_vit(SIDE, 10), cell)
-    train = load_set(cell.data, SIDE, train=True).first(500)
-    batches = ((train.view(i), y) for i, y in zip(train.images.split(50), train.labels.split(50)))
-    refresh_mask_buffers(model, batches)
+    fill_buffers(model, load_set(cell.data, SIDE, train=True).first(500))
     return pooled(model, test), count_macs(model, SIDE)
 
 

@@ -33,12 +33,12 @@ VIT_SCHEMES = ("fp32", "int8", "int8_dynamic")  # leaving layers in float does n
 def trained(name: str, merger: str) -> tuple[Any, Any, Any]:
     """(model with trained weights, training images, test images)."""
     import torch
+    from accuracy_cells import fill_buffers
     from accuracy_data import load_set
     from accuracy_tuned import LR, SIDE, Setup
 
     import edge_ibtm
     from edge_ibtm.finetune import FinetuneConfig
-    from edge_ibtm.statistics_sites import refresh_mask_buffers
 
     torch.manual_seed(0)
     if name == "vit_s14_focus":
@@ -48,8 +48,7 @@ def trained(name: str, merger: str) -> tuple[Any, Any, Any]:
         train, test = (load_set("cifar10", SIDE, train=t) for t in (True, False))
     if merger != "none":
         edge_ibtm.insert_mergers(model, merger=merger, keep_ratio=0.7)
-        few = train.first(500)
-        refresh_mask_buffers(model, [(few.view(i), y) for i, y in zip(few.images.split(50), few.labels.split(50))])
+        fill_buffers(model, train.first(500))
         if images := TUNING[name]:
             config = FinetuneConfig(epochs=1, lr=LR[name], batch_size=50, warmup_epochs=0.05, lambda_ib=0.3)
             edge_ibtm.finetune(model, train.first(images), None, config)
@@ -79,6 +78,8 @@ def measure(name: str, merger: str, images: int, rounds: int) -> dict[str, Any]:
     import torch
 
     from edge_ibtm import lower, quantize
+    from edge_ibtm.probe import ProbeOptions
+    from edge_ibtm.probe.host import probe_files
     from edge_ibtm.quantize_sensitivity import sqnr_db
     from edge_ibtm.verify import runner_of
 
@@ -106,25 +107,11 @@ def measure(name: str, merger: str, images: int, rounds: int) -> dict[str, Any]:
             "choice": str(graph.meta.get("quantization", "")) if scheme == "mixed" else "",
         }  # fmt: skip
         print(f"{name} {merger} {scheme}: {schemes[scheme]}", flush=True)
-    for scheme, samples in _latency(files, calibration[0], rounds).items():
-        schemes[scheme]["samples_ms"] = samples
+    timed, _ = probe_files(list(files.values()), [[calibration[0]]] * len(files), 1, ProbeOptions(samples=rounds))
+    for scheme, latency in zip(files, timed.results, strict=True):
+        schemes[scheme]["samples_ms"] = latency.samples_ms
     top1 = round(100 * float((wanted.argmax(1) == test.labels).double().mean()), 2)
     return {"model": name, "merger": merger, "images": images, "eager_top1": top1, "schemes": schemes}
-
-
-def _latency(files: dict[str, Any], image: Any, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each program, one run of each a round, one thread."""
-    from edge_ibtm.targets.runtime import load_pte
-
-    methods = {scheme: load_pte(Path(path), 1) for scheme, path in files.items()}
-    samples: dict[str, list[float]] = {scheme: [] for scheme in files}
-    for turn in range(-5, rounds):
-        for scheme, method in methods.items():
-            start = time.perf_counter()
-            method.execute((image,))
-            if turn >= 0:
-                samples[scheme].append(round(1e3 * (time.perf_counter() - start), 4))
-    return samples
 
 
 def report() -> str:
@@ -141,8 +128,8 @@ def report() -> str:
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     notes = []
-    for path in sorted(RESULTS.glob("*.json")):
-        r = json.loads(path.read_text())
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    for r in records:
         base = r["schemes"]["fp32"]
         for scheme, s in r["schemes"].items():
             ratio = percentile(s["samples_ms"], 50) / percentile(base["samples_ms"], 50)
@@ -152,12 +139,8 @@ def report() -> str:
             )
             if s["choice"]:
                 notes.append(f"- {r['model']}, {r['merger']}: {s['choice']}")
-    hosts = sorted({f"{r['host']}, {r['date']}, {r['images']} test images" for r in map(_read, RESULTS.glob("*.json"))})
+    hosts = sorted({f"{r['host']}, {r['date']}, {r['images']} test images" for r in records})
     return "\n".join([*lines, "", *notes, "", "Host: " + "; ".join(hosts) + ".", ""])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()))
 
 
 def main() -> None:
