@@ -90,7 +90,7 @@ class Site(nn.Module):
         """
         if self.kept(tokens.z.shape[1], tokens.prefix, grid) == tokens.z.shape[1]:
             return Merged(tokens.z, tokens.size, None, grid, ones(tokens.z), tokens.logits, tokens.logits)
-        tokens = self.merger.prepare(replace(tokens, depth=self.depth))
+        tokens = replace(self.merger.prepare(replace(tokens, depth=self.depth)), summary=None)
         if self.layout == "sequence":
             return self._sequence(tokens)
         assert grid is not None

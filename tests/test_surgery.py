@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import edge_ibtm
 from edge_ibtm.backbones import BACKBONES, model_names
+from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
 from edge_ibtm.errors import UsageError
 from edge_ibtm.mergers import IBStep
 from edge_ibtm.surgery import schedule, sites_of
@@ -321,3 +322,20 @@ def test_ibtm_keeps_even_runs_where_convolutions_follow_on_the_merged_map() -> N
     assert torch.equal(traces["ibtm"].assignment, traces["uniform"].assignment)
     weights = traces["ibtm"].weights
     assert not torch.allclose(weights, weights[:, :1].expand_as(weights))
+
+
+@torch.no_grad()
+def test_mobilevit_masks_read_the_mean_pixel_of_each_patch() -> None:
+    model, side = BACKBONES["mobilevit"].twin()
+    edge_ibtm.insert_mergers(model, merger="ibtm")
+    widths = [block.conv_1x1.out_channels for block in model.modules() if isinstance(block, MergedMobileVitBlock)]
+    steps = [m for m in model.modules() if isinstance(m, IBStep)]
+    assert [step.centroids.shape[1] for step in steps] == widths
+    seen: list[torch.Tensor] = []
+    steps[0].norm.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    local: list[torch.Tensor] = []
+    first = next(m for m in model.modules() if isinstance(m, MergedMobileVitBlock))
+    first.conv_1x1.register_forward_hook(lambda _m, _i, out: local.append(out))
+    model(torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)))
+    mean = torch.nn.functional.avg_pool2d(local[0], 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(seen[0] / 4, mean)

@@ -69,7 +69,7 @@ class SiteMaker:
                 )
 
     def __call__(self, dim: int, longest: int = 16, rows_alone: bool = False) -> Site:
-        """The next site, for tokens of width `dim`; longest, rows_alone: see `tokens.kept_grid`."""
+        """The next site, whose mask reads `dim` features a token; longest, rows_alone: see `tokens.kept_grid`."""
         settings, index = self.settings, self.made
         self.made += 1
         merger = make_merger(settings.merger, dim, settings.classes)

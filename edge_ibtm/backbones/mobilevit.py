@@ -2,8 +2,9 @@
 layer ("block"), of the first two layers for good ("progressive"), or in the map before the first block ("once").
 
 A token here is a whole 2 x 2 patch (4 C features): its four pixels merge together, so the fold still works, and matching is
-done once instead of four times. Merged at the entry or progressively, tokens stay merged for the block's later layers; a
-restored token keeps its own features and gets its merged token's update.
+done once instead of four times; IBTM's mask reads their mean, a quarter of the features and of the centroids. Merged at
+the entry or progressively, tokens stay merged for the block's later layers; a restored token keeps its own features and
+gets its merged token's update.
 """
 
 from __future__ import annotations
@@ -92,7 +93,14 @@ class MergedMobileVitBlock(nn.Module):
 
     def _site(self, index: int, z: Tensor, grid: tuple[int, int], before: Merged | None = None) -> Merged:
         logits = before.logits if before is not None else None
-        return self.sites[index](Tokens(z, ones(z), z, logits=logits), grid, turned=self.density != "once")
+        tokens = self._tokens(z, ones(z), logits)
+        return self.sites[index](tokens, grid, turned=self.density != "once")
+
+    def _tokens(self, z: Tensor, size: Tensor, logits: Tensor | None) -> Tokens:
+        """Patch tokens [B, N, area * C]; a mask reads the sum [B, N, C] of their pixels, to its LayerNorm the mean."""
+        width = z.shape[-1] // self.patch_area
+        pixels = [z[..., i * width : (i + 1) * width] for i in range(self.patch_area)]
+        return Tokens(z, size, z, logits=logits, summary=sum(pixels[1:], pixels[0]))
 
     def _global(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         """The transformer layers and the norm, on patch tokens [B, N, area * C]."""
@@ -128,7 +136,7 @@ class MergedMobileVitBlock(nn.Module):
             x = attention_half(layer, x, bias)
             if index < len(self.sites):
                 before = self._patches(x)
-                merged = self.sites[index](Tokens(before, size, before, logits=logits), grid)
+                merged = self.sites[index](self._tokens(before, size, logits), grid)
                 size, logits, grid = merged.size, merged.merged_logits, merged.grid
                 if merged.plan is not None:
                     steps.append((before, merged))
@@ -186,10 +194,9 @@ def insert(model: nn.Module, settings: Settings) -> None:
         count = next(made)
         if not count:
             return block
-        inner = block.conv_kxk.conv.in_channels if settings.density == "once" else block.conv_1x1.out_channels  # type: ignore[union-attr]
-        width = inner * block.patch_area
+        inner: int = block.conv_kxk.conv.in_channels if settings.density == "once" else block.conv_1x1.out_channels  # type: ignore[union-attr, assignment]
         restored = settings.density in ("stage", "block")
-        sites = [maker(width, rows_alone=restored) for _ in range(count)]
+        sites = [maker(inner, rows_alone=restored) for _ in range(count)]
         return MergedMobileVitBlock(block, sites, settings.density).train(block.training)
 
     replace_modules(model, MobileVitBlock, change)

@@ -41,7 +41,7 @@ def _classes(name: str) -> list[type[Merger]]:
 
 
 def make_merger(name: str, dim: int, classes: int) -> Merger:
-    """A fresh merger for tokens of width `dim` of a model with `classes` outputs; `a+b` chains two."""
+    """A fresh merger, whose mask reads `dim` features a token, of a model with `classes` outputs; `a+b` chains two."""
     made = [cls(dim, classes) for cls in _classes(name)]
     return made[0] if len(made) == 1 else Chain(*made)
 

@@ -18,12 +18,15 @@ from .base import Merger, Tokens
 from .controls import even_runs
 from .tome import threshold_mask
 
+MAX_CLUSTERS = 128  # C and L stay in float: with 256, merged mobilevit_s in int8 is 0.31 of fp32 instead of 0.28
+
 
 class IBStep(nn.Module):
     """One gradient step of a site's mask logits, without labels.
 
     Buffers, refreshed from training data by `finetune` (all zero, hence no step, until then): centroids C [A, D] of
-    pooled features, likelihood Q [A, classes], prior pi [classes], and step L [A, A], which follows from Q and pi.
+    pooled features (A: the number of classes, at most MAX_CLUSTERS), likelihood Q [A, classes], prior pi [classes], and
+    step L [A, A], which follows from Q and pi.
     Learned: eta > 0, the step length, from 1 / (2 beta sqrt(D)): LayerNormed tokens have length sqrt(D) and v carries
     2 beta, so the first step moves logits by about the spread of psi, well inside the sigmoid. The labels enter only
     through the buffers.
@@ -36,7 +39,7 @@ class IBStep(nn.Module):
 
     def __init__(self, dim: int, classes: int, clusters: int | None = None, beta: float = 10.0) -> None:
         super().__init__()
-        clusters = clusters or max(2, min(256, classes))
+        clusters = clusters or max(2, min(MAX_CLUSTERS, classes))
         self.beta, self.conditional = beta, True
         self.log_eta = nn.Parameter(torch.tensor(-math.log(2 * beta * math.sqrt(dim))))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
@@ -63,19 +66,18 @@ class IBStep(nn.Module):
         v is `information.ib_gradient` on the sphere, sums written as matrix products, which every delegate takes.
         """
         batch, count, width = normed.shape
-        features = self.pooled(normed, torch.sigmoid(logits) * size)
-        v = self._gradient(features)
-        return logits - self.eta * (normed @ v.reshape(batch, width, 1)).reshape(batch, count)
+        v = self._gradient(self.pooled(normed, torch.sigmoid(logits) * size)).reshape(batch, 1, width)
+        along = (normed * v) @ constant("ones", width, like=normed)  # half the time of normed @ v in XNNPACK
+        return logits - self.eta * along.reshape(batch, count)
 
     def _gradient(self, x: Tensor) -> Tensor:
-        clusters, ones = self.centroids.shape[0], constant("ones", self.centroids.shape[0], like=x)
-        squares = (self.centroids * self.centroids) @ constant("ones", x.shape[-1], like=x)
-        phi = torch.softmax(self.beta * (2 * F.linear(x, self.centroids) - squares.reshape(1, clusters)), -1)
+        scaled = (2 * self.beta) * self.centroids  # 2 beta C and beta |C|^2 are constants of an exported graph
+        squares = (scaled * self.centroids) @ constant("ones", x.shape[-1], like=x)
+        phi = torch.softmax(F.linear(x, scaled, -0.5 * squares.reshape(-1)), -1)
         psi = F.linear(phi, self.step)
         if self.conditional:
             psi = psi + torch.log(torch.clamp(phi, min=1e-12))
-        pull = phi * (psi - (phi * psi) @ ones)
-        v = (2 * self.beta) * (pull @ self.centroids)
+        v = (phi * (psi - (phi * psi) @ constant("ones", phi.shape[-1], like=x))) @ scaled
         return v - ((v * x) @ constant("ones", x.shape[-1], like=x)) * x
 
     @torch.no_grad()
@@ -113,7 +115,7 @@ class IBTM(Merger):
             self.log_lambda = self.threshold = None
 
     def prepare(self, tokens: Tokens) -> Tokens:
-        normed = self.information.norm(tokens.z)
+        normed = self.information.norm(tokens.z if tokens.summary is None else tokens.summary)
         logits = tokens.logits
         if logits is None:
             first = self.first_logits
