@@ -118,27 +118,29 @@ def _convert(graph: Any, batches: list[torch.Tensor], chosen: Any) -> nn.Module:
 
 
 def _mixed(
-    model: nn.Module, batches: list[torch.Tensor], *, min_sqnr: float = 30.0, most: float = 0.25
+    model: nn.Module, batches: list[torch.Tensor], *, min_sqnr: float = 30.0, most: float = 0.03
 ) -> nn.Module:
-    """int8, the layers that cost most precision left in float: as few as reach `min_sqnr` dB, at most a share `most`.
+    """int8, the layers that cost most precision for their size left in float: as few as reach `min_sqnr` dB, with at most
+    a share `most` of the weights (a share s of them makes the file 3 s times an all-int8 one larger).
 
     The Choice is under `quantization` in the returned module's `meta`; str() of it gives the reason.
     """
-    from edge_ibtm.quantize_sensitivity import Choice, sensitivity, sqnr_db
+    from edge_ibtm.quantize_sensitivity import Choice, affordable, sensitivity, sqnr_db
 
     graph = capture_graph(model, batches[0])
     noise = sensitivity(graph, batches[0], _layer, module_path)
+    candidates = affordable(noise, most)
     pieces = [p for b in batches for p in b.split(len(batches[0])) if p.shape == batches[0].shape][:16]
     with torch.no_grad():
         wanted = torch.cat([graph(piece) for piece in pieces])
     first = None
-    for count in _counts(len(noise), most):
-        names = {layer.node for layer in noise[:count]}
+    for count in _counts(len(candidates)):
+        names = {layer.node for layer in candidates[:count]}
         converted: Any = convert_static(copy.deepcopy(graph), batches, partial(_quantizable_but, names))
         with torch.no_grad():
             reached = sqnr_db(wanted, torch.cat([converted(piece) for piece in pieces]))
         first = reached if first is None else first
-        converted.meta["quantization"] = Choice(tuple(noise[:count]), len(noise), first, reached, min_sqnr)
+        converted.meta["quantization"] = Choice(tuple(candidates[:count]), len(noise), first, reached, min_sqnr)
         if reached >= min_sqnr:
             break
     return converted
@@ -152,9 +154,9 @@ def _layer(node: Node) -> bool:
     return node.op == "call_function" and quantizable(node)
 
 
-def _counts(layers: int, most: float) -> list[int]:
-    """0, 1, 2, 4, ... layers, up to a share `most` of all."""
-    limit, counts = int(layers * most), [0]
+def _counts(limit: int) -> list[int]:
+    """0, 1, 2, 4, ... layers, up to `limit`."""
+    counts = [0]
     while counts[-1] < limit:
         counts.append(min(limit, max(1, 2 * counts[-1])))
     return counts

@@ -11,11 +11,17 @@ from torch.fx import GraphModule, Interpreter, Node
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """sqnr_db: of the model's output when only the layer at `path` is quantized (dB; low is bad)."""
+    """sqnr_db: of the model's output when only the layer at `path`, of so many weights, is quantized (dB; low is bad)."""
 
     path: str
     node: str
     sqnr_db: float
+    weights: int
+
+    @property
+    def per_weight(self) -> float:
+        """The noise that leaving it in float takes away, for every weight that then stays large."""
+        return float(10 ** (-self.sqnr_db / 10) / self.weights)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ class _OneLayer(Interpreter):
 def sensitivity(
     graph: GraphModule, images: torch.Tensor, keep: Callable[[Node], bool], path_of: Callable[[Node], str]
 ) -> list[LayerNoise]:
-    """The layers of a captured graph, worst first. images: one batch of the captured shape; keep: which nodes count."""
+    """The layers of a captured graph, most noise per weight first. images: one batch of the captured shape; keep: which
+    nodes count."""
     nodes = [n for n in graph.graph.nodes if n.op == "call_function" and keep(n)]
     runner = _OneLayer(graph, garbage_collect_values=False)
     with torch.no_grad():
@@ -81,8 +88,19 @@ def sensitivity(
         for node in nodes:
             before = _before(graph, node, values)
             runner.chosen = node
-            found.append(LayerNoise(path_of(node), node.name, sqnr_db(wanted, _output(runner.run(images, initial_env=before)))))
-    return sorted(found, key=lambda layer: layer.sqnr_db)
+            noise = sqnr_db(wanted, _output(runner.run(images, initial_env=before)))
+            found.append(LayerNoise(path_of(node), node.name, noise, values[node.args[1]].numel()))  # type: ignore[index, union-attr]
+    return sorted(found, key=lambda layer: -layer.per_weight)
+
+
+def affordable(layers: list[LayerNoise], most: float) -> list[LayerNoise]:
+    """Those of `layers`, in their order, that together hold at most a share `most` of all their weights."""
+    room, taken = most * sum(layer.weights for layer in layers), []
+    for layer in layers:
+        if layer.weights <= room:
+            room -= layer.weights
+            taken.append(layer)
+    return taken
 
 
 def _before(graph: GraphModule, node: Node, values: dict[Node, object]) -> dict[Node, object]:

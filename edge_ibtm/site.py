@@ -55,18 +55,20 @@ class Merged:
 class Site(nn.Module):
     """Merges with one merger at one keep ratio, in sequence or grid layout.
 
-    Stateless but for the merger's parameters; every count follows from the shape of the tokens.
+    Stateless but for the merger's parameters; every count follows from the shape of the tokens. longest, rows_alone,
+    strided: see `tokens.kept_grid`.
     """
 
     def __init__(
-        self, merger: Merger, keep_ratio: float, layout: str, depth: float = 0.0, longest: int = 16, rows_alone: bool = False
-    ) -> None:
+        self, merger: Merger, keep_ratio: float, layout: str, depth: float = 0.0, longest: int = 16,
+        rows_alone: bool = False, strided: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_ratio(keep_ratio)
         if layout not in ("sequence", "grid"):
             raise UsageError(f"unknown layout {layout!r}; known: sequence, grid")
         self.merger, self.keep_ratio, self.layout, self.depth = merger, keep_ratio, layout, depth
-        self.longest, self.rows_alone = longest, rows_alone
+        self.longest, self.rows_alone, self.strided = longest, rows_alone, strided
 
     def extra_repr(self) -> str:
         return f"keep_ratio={self.keep_ratio}, layout={self.layout!r}, depth={self.depth:.2f}"
@@ -80,8 +82,11 @@ class Site(nn.Module):
         assert grid is not None
         if grid[0] * grid[1] + prefix != tokens:
             raise UsageError(f"grid {grid[0]} x {grid[1]} does not hold {tokens} tokens, {prefix} of them prefix")
-        height, width = kept_grid(*grid, self.keep_ratio, self.longest, self.rows_alone)
+        height, width = self._kept_grid(grid)
         return prefix + height * width
+
+    def _kept_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return kept_grid(*grid, self.keep_ratio, self.longest, self.rows_alone, self.strided)
 
     def forward(self, tokens: Tokens, grid: tuple[int, int] | None = None, turned: bool = False) -> Merged:
         """Merge tokens (z [B, N, D]); a grid layout needs the grid (H, W), N = H * W.
@@ -103,7 +108,7 @@ class Site(nn.Module):
         return _merged(tokens, plan, None)
 
     def _grid(self, tokens: Tokens, grid: tuple[int, int], turned: bool) -> Merged:
-        kept = kept_grid(*grid, self.keep_ratio, self.longest, self.rows_alone)
+        kept = self._kept_grid(grid)
         cuts = (tiles(grid[0], self.longest), tiles(grid[1], self.longest))
         rows = columns = None
         current = _without_prefix(tokens)

@@ -120,13 +120,15 @@ def check_ratio(keep_ratio: float) -> None:
 
 
 def kept_grid(
-    height: int, width: int, keep_ratio: float, longest: int = 16, rows_alone: bool = False
+    height: int, width: int, keep_ratio: float, longest: int = 16, rows_alone: bool = False, strided: bool = False
 ) -> tuple[int, int]:
     """The grid (H', W') whose area is nearest to keep_ratio * H * W, sides cut alike, each side at least halved at most.
 
     Sides longer than `longest` are cut into equal tiles that merge on their own, so H' and W' are multiples of the number of
     tiles. Small odd sides may not go down to the ratio. rows_alone: only W changes where that keeps at least 0.65 of
     it and no more tokens than both axes would: half the matching, where nothing that follows looks at the shape of the grid.
+    strided: convolutions halve the merged map later on, so half the grid counts as much as the grid (12 x 11 of 14 x 14
+    leaves 6 x 6 of 7 x 7, 14 x 10 leaves 7 x 5), and the sides need to be alike only to 0.3.
     Raises UsageError for a ratio outside (0, 1] or below a quarter, which one matching per axis never goes under.
     """
     check_ratio(keep_ratio)
@@ -134,13 +136,24 @@ def kept_grid(
         raise UsageError(f"keep ratio {keep_ratio} cannot be met by a grid: one matching per axis keeps at least 0.25")
     sides = [[t * k for k in range((s // t + 1) // 2, s // t + 1)] for s in (height, width) for t in [tiles(s, longest)]]
     full = (height, width)
-    both = min(
-        ((h, w) for h in sides[0] for w in sides[1]),
-        key=lambda hw: (_distance(hw, full, keep_ratio) + 0.2 * abs(hw[0] / height - hw[1] / width), -hw[0]),
-    )
+
+    def cost(kept: tuple[int, int]) -> tuple[float, int]:
+        far, skew = _distance(kept, full, keep_ratio), abs(kept[0] / height - kept[1] / width)
+        if not strided:
+            return far + 0.2 * skew, -kept[0]
+        return far + _distance(_halved(kept), _halved(full), keep_ratio) + (0.1 if skew <= 0.3 else 1.0) * skew, -kept[0]
+
+    both = min(((h, w) for h in sides[0] for w in sides[1]), key=cost)
+    if not rows_alone:
+        return both
     narrow = min(((height, w) for w in sides[1]), key=lambda hw: _distance(hw, full, keep_ratio))
     fits = 0.65 * width <= narrow[1] < width and height * narrow[1] <= both[0] * both[1]
-    return narrow if rows_alone and fits and _distance(narrow, full, keep_ratio) < 0.1 else both
+    return narrow if fits and _distance(narrow, full, keep_ratio) < 0.1 else both
+
+
+def _halved(grid: tuple[int, int]) -> tuple[int, int]:
+    """What a convolution of stride 2 leaves of a grid."""
+    return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
 
 def _distance(kept: tuple[int, int], full: tuple[int, int], ratio: float) -> float:

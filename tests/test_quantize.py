@@ -13,7 +13,7 @@ from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.errors import UsageError
 from edge_ibtm.quantize import quantize
 from edge_ibtm.quantize_qat import quantize_qat
-from edge_ibtm.quantize_sensitivity import fake_activation, fake_weight, sqnr_db
+from edge_ibtm.quantize_sensitivity import LayerNoise, affordable, fake_activation, fake_weight, sqnr_db
 from edge_ibtm.rewrite_graph import pads_as_concatenations
 from edge_ibtm.targets import lower
 from edge_ibtm.verify import Limits, verify
@@ -73,15 +73,22 @@ def test_dynamic_int8_quantizes_linear_layers(vit):
         assert sqnr_db(model(batches[0]), converted(batches[0])) >= 20
 
 
-def test_mixed_leaves_the_worst_layers_in_float(vit):
+def test_mixed_leaves_in_float_what_costs_most_for_its_size(vit):
     model, batches = vit
     plain = quantize(model, batches, scheme="mixed", min_sqnr=0.0)
     assert plain.meta["quantization"].kept_in_float == ()
     choice = quantize(model, batches, scheme="mixed", min_sqnr=90.0, most=0.25).meta["quantization"]
-    alone = [layer.sqnr_db for layer in choice.kept_in_float]
-    assert len(alone) == choice.layers // 4 and alone == sorted(alone)
+    price = [layer.per_weight for layer in choice.kept_in_float]
+    assert 1 < len(price) < choice.layers and price == sorted(price, reverse=True)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    assert sum(layer.weights for layer in choice.kept_in_float) <= 0.25 * linear
     assert choice.sqnr_db > choice.all_int8_db
     assert choice.kept_in_float[0].path in str(choice) and "left in float" in str(choice)
+
+
+def test_affordable_skips_a_layer_that_is_too_large():
+    layers = [LayerNoise(name, name, 30.0, weights) for name, weights in (("a", 10), ("b", 900), ("c", 40), ("d", 50))]
+    assert [layer.path for layer in affordable(layers, 0.06)] == ["a", "c"]
 
 
 def test_fake_quantization():

@@ -134,13 +134,19 @@ def test_kept_tokens(count: int, ratio: float, prefix: int, kept: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.3, 1.0))
-def test_kept_grid_keeps_tiles_whole(height: int, width: int, ratio: float) -> None:
-    kept = tokens.kept_grid(height, width, ratio)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.3, 1.0), st.booleans())
+def test_kept_grid_keeps_tiles_whole(height: int, width: int, ratio: float, strided: bool) -> None:
+    kept = tokens.kept_grid(height, width, ratio, strided=strided)
     for side, left in zip((height, width), kept):
         cuts = tokens.tiles(side)
         assert side % cuts == 0 and left % cuts == 0 and (side + 1) // 2 <= left <= side
-    assert tokens.kept_grid(height, width, 1.0) == (height, width)
+    assert tokens.kept_grid(height, width, 1.0, strided=strided) == (height, width)
+
+
+def test_a_map_that_is_halved_later_keeps_sides_that_halve_well() -> None:
+    assert tokens.kept_grid(14, 14, 0.7) == (12, 11)  # 6 x 6 of 7 x 7 after a stride: 0.73
+    assert tokens.kept_grid(14, 14, 0.7, strided=True) == (14, 10)  # 7 x 5: 0.71
+    assert tokens.kept_grid(8, 8, 0.5, strided=True) == (6, 5)  # 8 x 4 would halve one side alone
 
 
 @settings(max_examples=60, deadline=None)

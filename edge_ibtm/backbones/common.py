@@ -68,13 +68,13 @@ class SiteMaker:
                     "raise it, or spread it over more sites (density='block')"
                 )
 
-    def __call__(self, dim: int, longest: int = 16, rows_alone: bool = False) -> Site:
-        """The next site, whose mask reads `dim` features a token; longest, rows_alone: see `tokens.kept_grid`."""
+    def __call__(self, dim: int, longest: int = 16, rows_alone: bool = False, strided: bool = False) -> Site:
+        """The next site, whose mask reads `dim` features a token; the others: see `tokens.kept_grid`."""
         settings, index = self.settings, self.made
         self.made += 1
         merger = make_merger(settings.merger, dim, settings.classes)
         depth = index / max(self.count, 1)
-        return Site(merger, self.ratios[index], settings.layout, depth, longest, rows_alone)
+        return Site(merger, self.ratios[index], settings.layout, depth, longest, rows_alone, strided)
 
 
 class MergedBlocks(nn.Module):

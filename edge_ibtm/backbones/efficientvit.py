@@ -66,7 +66,7 @@ def insert(model: nn.Module, settings: Settings) -> None:
     maker = SiteMaker(settings, sum(len(c) for c in chosen))
     for stage, indices in zip(stages, chosen):
         width = stage.blocks[indices[0]].local_module.main.inverted_conv.conv.in_channels
-        sites = {i: maker(width) for i in indices}
+        sites = {i: maker(width, strided=once) for i in indices}
         stage.blocks = MergedEfficientVitBlocks(stage.blocks, sites, once)
     if once:
         restore_features(model)

@@ -195,8 +195,8 @@ def insert(model: nn.Module, settings: Settings) -> None:
         if not count:
             return block
         inner: int = block.conv_kxk.conv.in_channels if settings.density == "once" else block.conv_1x1.out_channels  # type: ignore[union-attr, assignment]
-        restored = settings.density in ("stage", "block")
-        sites = [maker(inner, rows_alone=restored) for _ in range(count)]
+        restored, once = settings.density in ("stage", "block"), settings.density == "once"
+        sites = [maker(inner, rows_alone=restored, strided=once) for _ in range(count)]
         return MergedMobileVitBlock(block, sites, settings.density).train(block.training)
 
     replace_modules(model, MobileVitBlock, change)
