@@ -59,7 +59,20 @@ def model_of(name: str, size: int, variant: Variant, keep_ratio: float) -> Any:
     model = build_model(SHORT.get(name, name), img_size=size)
     if variant.merger:
         insert_mergers(model, merger=variant.merger, keep_ratio=keep_ratio, density=variant.density or "auto")
+        _fill_masks(model)
     return model.eval()
+
+
+def _fill_masks(model: Any) -> None:
+    """Random statistics in IBTM's mask modules: zeros of one shape would be kept once, and the file be too small."""
+    import torch
+
+    from edge_ibtm.statistics_sites import mask_modules
+
+    for step in mask_modules(model).values():
+        clusters, classes = step.likelihood.shape
+        centroids = torch.nn.functional.normalize(torch.randn_like(step.centroids), dim=-1)
+        step.load_statistics(centroids, torch.rand(clusters, classes).softmax(0), torch.full((classes,), 1 / classes))
 
 
 def make_file(name: str, size: int, variant: Variant, keep_ratio: float, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tokens import Route, constant, row_max, unit
+from .constants import constant
+from .tokens import Route, row_max, unit
 
 
 @dataclass(frozen=True)

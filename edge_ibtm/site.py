@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .constants import constant
 from .errors import UsageError
 from .mergers import Merger, Tokens
 from .mergers.controls import Identity
@@ -22,7 +23,7 @@ from .plan import (
     fold_rows,
     sequence_plan,
 )
-from .tokens import check_ratio, constant, kept_grid, kept_tokens, tiles
+from .tokens import check_ratio, kept_grid, kept_tokens, tiles
 
 _FIELDS = ("z", "metric", "size", "weight", "penalty", "importance")
 
@@ -91,7 +92,8 @@ class Site(nn.Module):
     def forward(self, tokens: Tokens, grid: tuple[int, int] | None = None, turned: bool = False) -> Merged:
         """Merge tokens (z [B, N, D]); a grid layout needs the grid (H, W), N = H * W.
 
-        turned: nothing that follows depends on the order of the merged tokens, so a grid's may stay in column order.
+        turned: nothing that follows depends on the order of the merged tokens, so a grid's may stay in column order, and
+        those of a line in the order that costs least.
         """
         if self.kept(tokens.z.shape[1], tokens.prefix, grid) == tokens.z.shape[1]:
             return Merged(tokens.z, tokens.size, None, grid, ones(tokens.z), tokens.logits, tokens.logits)
@@ -113,11 +115,12 @@ class Site(nn.Module):
         rows = columns = None
         current = _without_prefix(tokens)
         if kept[1] < grid[1]:
-            lines = _lines(current, lambda x: fold_rows(x, grid, cuts[1]))
+            last = kept[0] == grid[0]
+            lines = _lines(current, lambda x: fold_rows(x, grid, cuts[1]), ordered=not (turned and last))
             rows = self._line_plan(lines, kept[1] // cuts[1])
             current = _pooled(current, GridPlan(grid, (grid[0], kept[1]), cuts, rows, None), lines, rows)
         if kept[0] < grid[0]:
-            lines = _lines(current, lambda x: fold_columns(x, (grid[0], kept[1]), cuts[0]))
+            lines = _lines(current, lambda x: fold_columns(x, (grid[0], kept[1]), cuts[0]), ordered=not turned)
             columns = self._line_plan(lines, kept[0] // cuts[0])
         plan = GridPlan(grid, kept, cuts, rows, columns, turned and columns is not None)
         return _merged(tokens, PrefixPlan(tokens.prefix, plan) if tokens.prefix else plan, kept)
@@ -150,7 +153,7 @@ def _vector(x: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | No
     return None if x is None else flat(change(column(x)))
 
 
-def _lines(tokens: Tokens, fold: Callable[[Tensor], Tensor]) -> Tokens:
+def _lines(tokens: Tokens, fold: Callable[[Tensor], Tensor], ordered: bool) -> Tokens:
     """The same tokens with every field folded into lines."""
     z = fold(tokens.z)
     size = flat(fold(column(tokens.size)))
@@ -162,7 +165,7 @@ def _lines(tokens: Tokens, fold: Callable[[Tensor], Tensor]) -> Tokens:
         weight=_vector(tokens.weight, fold),
         penalty=_vector(tokens.penalty, fold),
         importance=_vector(tokens.importance, fold),
-        ordered=True,
+        ordered=ordered,
     )
 
 

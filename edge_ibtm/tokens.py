@@ -11,20 +11,17 @@ arXiv 2210.09461, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .constants import PROTECTED, constant
 from .errors import UsageError
 
 _HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
-_PROTECTED = 1e4  # lowers a score below every cosine, however penalised
 _EPS = 1e-12
-SHORT = 8  # tokens of a line whose similarities an exported graph cuts from all pairs' products
+SHORT = 8  # tokens of a line so short that an exported graph compares all pairs and picks by products with constants
 
 
 @dataclass(frozen=True)
@@ -45,55 +42,6 @@ class Route:
         positions = constant("positions", self.keep, like=self.slot)
         hard = torch.clamp(1.0 - torch.abs(self.slot - positions), 0.0, 1.0)
         return hard if self.soft is None else hard + self.soft
-
-
-def _pooled(length: int, keep: int, prefix: int) -> np.ndarray:
-    """1-based slots [1, length]: the prefix stays, the rest falls into `keep - prefix` runs of as equal length as can be."""
-    free = length - prefix
-    runs = np.floor(np.arange(free) * (keep - prefix) / max(free, 1)) + prefix
-    return np.concatenate([np.arange(prefix), runs])[None] + 1.0
-
-
-def _odd_last(lines: int, odds: int, keep: int, prefix: int) -> np.ndarray:
-    """1-based slots [lines, 1, odds] of odd tokens that stand behind all even ones, but for those of the prefix."""
-    j = np.arange(odds)
-    return np.tile(np.where(j < prefix // 2, 2 * j + 2, keep - odds + j + 1), (lines, 1, 1))
-
-
-@cache
-def _constant(kind: str, *size: int) -> np.ndarray:
-    makers: dict[str, Callable[..., np.ndarray]] = {
-        "positions": lambda n: np.arange(1, n + 1)[:, None],
-        "before": lambda n: np.tril(np.ones((n, n)), -1),
-        "upto": lambda n: np.triu(np.ones((n, n))),
-        "eye": lambda n: np.eye(n),
-        "ones": lambda n: np.ones((n, 1)),
-        "stays": lambda lines, n: np.ones((lines, 1, n)),
-        "sizes": lambda lines, n: np.ones((lines, n)),
-        "earlier": lambda n: np.triu(np.ones((n, n)), 1),
-        "protect_even": lambda n, k: -_PROTECTED * (np.arange(n) * 2 < k)[:, None],
-        "protect_odd": lambda n, k: -_PROTECTED * (np.arange(n) * 2 + 1 < k),
-        "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),
-        "pooled": _pooled,
-        "prefix_even": lambda n, k: np.minimum(np.arange(n), k // 2)[None],
-        "odd_last": _odd_last,
-        "head": lambda n, k: 1.0 * (np.arange(n) < k)[None],
-    }
-    return np.ascontiguousarray(makers[kind](*size), dtype=np.float32)
-
-
-def constant(kind: str, *size: int, like: Tensor) -> Tensor:
-    """A small constant of the dtype and on the device of `like`; exported as a constant, not as operators.
-
-    Where a batch is exported as a dynamic dimension, the first of `size`, one row is the constant and is expanded.
-    """
-    if size and isinstance(size[0], torch.SymInt):
-        one = constant(kind, 1, *size[1:], like=like)
-        return one.expand(size[0], *one.shape[1:])
-    value = torch.from_numpy(_constant(kind, *size))
-    if like.dtype == torch.float32 and like.device.type in ("cpu", "meta"):
-        return value
-    return value.to(like.device, like.dtype)
 
 
 def float32(x: Tensor) -> Tensor:
@@ -169,7 +117,8 @@ def tiles(side: int, longest: int = 16) -> int:
 
 def greater(a: Tensor, b: Tensor, tie: Tensor | float = 0.0) -> Tensor:
     """1.0 where a > b, `tie` where a == b, else 0.0; exact in float32, written without a comparison."""
-    return torch.clamp((a - b) * _HUGE + tie, 0.0, 1.0)
+    apart = (a - b) * _HUGE
+    return torch.clamp(apart if isinstance(tie, float) and tie == 0.0 else apart + tie, 0.0, 1.0)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,12 +139,17 @@ def interleave(even: Tensor, odd: Tensor) -> Tensor:
     return torch.cat([woven, even[..., pairs:]], 2) if longer else woven
 
 
-def odd_columns(x: Tensor) -> Tensor:
-    """The odd positions of the last axis of x [R, a, L]: [R, a, floor(L/2)], by views and slices only."""
-    lines, rows, length = x.shape
-    pairs = length // 2
-    paired = (x[..., : 2 * pairs] if length % 2 else x).reshape(lines, rows * pairs, 2)
-    return paired[..., 1:].reshape(lines, rows, pairs)
+def even_part(x: Tensor) -> Tensor:
+    """The even positions of x [R, L]: [R, ceil(L/2), 1]."""
+    lines, length = x.shape
+    if not _short(length):
+        return halves(x.reshape(lines, length, 1))[0]
+    return (x @ constant("even_columns", length, like=x)).reshape(lines, (length + 1) // 2, 1)
+
+
+def _short(length: int) -> bool:
+    """Whether a graph is exported and a line so short that products with constants compare and pick in the fewest nodes."""
+    return torch.compiler.is_exporting() and length <= SHORT
 
 
 def row_max(x: Tensor) -> Tensor:
@@ -208,17 +162,30 @@ def row_max(x: Tensor) -> Tensor:
 
 def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the last axis [..., 1] and the one-hot of its first position [..., n]."""
+    n = x.shape[-1]
+    if _short(n):
+        first = torch.clamp(1.0 - _before(x), 0.0, 1.0)
+        return (first * x) @ constant("ones", n, like=x), first
     top = row_max(x)
-    equal = 1.0 - greater(top, x)
-    earlier = equal @ constant("earlier", x.shape[-1], like=x)
+    equal = greater(x, top, 1.0)
+    earlier = equal @ constant("earlier", n, like=x)
     return top, torch.clamp(equal - earlier, 0.0, 1.0)
 
 
 def rank(values: Tensor) -> Tensor:
     """How many of values [R, L, 1] stand before each: larger ones, and equal ones at lower positions. -> [R, L, 1]"""
-    length = values.shape[1]
+    lines, length, _ = values.shape
+    if _short(length):
+        return _before(values.reshape(lines, length)).reshape(lines, length, 1)
     before = greater(values.reshape(-1, 1, length), values, constant("before", length, like=values))
     return before @ constant("ones", length, like=values)
+
+
+def _before(x: Tensor) -> Tensor:
+    """How many of x [..., n] stand before each, as in `rank`: all pairs by one product, few nodes in a graph."""
+    n = x.shape[-1]
+    wins = torch.clamp(x @ constant("against", n, like=x) + constant("earlier_wins", n, like=x), 0.0, 1.0)
+    return wins @ constant("each", n, like=x)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -232,7 +199,7 @@ def similarity(metric: Tensor) -> Tensor:
 
     In an exported graph short lines take all pairs' products, and cut and scale the small matrix instead of the features.
     """
-    if torch.compiler.is_exporting() and metric.shape[1] <= SHORT:
+    if _short(metric.shape[1]):
         return _cut_from_all_pairs(metric)
     even, odd = halves(unit(metric))
     return float32(even @ odd.transpose(1, 2))
@@ -242,10 +209,11 @@ def _cut_from_all_pairs(metric: Tensor) -> Tensor:
     """The same cosines, from the products of all tokens of a line with each other."""
     lines, length, _ = metric.shape
     gram = float32(metric @ metric.transpose(1, 2))
-    squares = (gram * constant("eye", length, like=gram)) @ constant("ones", length, like=gram)
-    scale = torch.rsqrt(squares + _EPS)
-    even, _ = halves(gram * scale * scale.reshape(lines, 1, length))
-    return odd_columns(even)
+    flat = gram.reshape(lines, length * length)
+    scale = torch.rsqrt(flat @ constant("diagonal", length, like=gram) + _EPS)
+    even, odd = (scale @ constant(kind, length, like=gram) for kind in ("even_columns", "odd_columns"))
+    cut = (flat @ constant("even_odd", length, like=gram)).reshape(lines, even.shape[1], odd.shape[1])
+    return cut * even.reshape(*even.shape, 1) * odd.reshape(lines, 1, odd.shape[1])
 
 
 def _slots(kept: Tensor) -> Tensor:
@@ -261,7 +229,7 @@ def keep_top(scores: Tensor, keep: int, prefix: int = 0, soft: Tensor | None = N
     lines, length = scores.shape
     values = float32(scores.detach()).reshape(lines, length, 1)
     if prefix:
-        values = values + _PROTECTED * constant("head", length, prefix, like=values).reshape(length, 1)
+        values = values + PROTECTED * constant("head", length, prefix, like=values).reshape(length, 1)
     kept = torch.clamp(float(keep) - rank(values), 0.0, 1.0).reshape(lines, 1, length)
     route = Route(_slots(kept) * kept, keep)
     if soft is None:
@@ -302,8 +270,11 @@ def bipartite(
         odd_slot = constant("odd_last", lines, odds, keep, prefix, like=hard)
         target = partner @ odd_slot[:1].reshape(odds, 1)
     target = target.reshape(lines, 1, evens)
-    moved = gone * target * (0.0 if drop else 1.0)
-    slot = interleave((1.0 - gone) * even_slot + moved, odd_slot)
+    slot = (1.0 - gone) * even_slot if drop else (1.0 - gone) * even_slot + gone * target
+    if _short(length) and not ordered:
+        slot = slot @ constant("even_places", length, like=slot) + constant("odd_slots", length, keep, prefix, like=slot)
+    else:
+        slot = interleave(slot, odd_slot)
     return Route(slot, keep, None if soft is None else _soft_matrix(soft, target, keep, odds))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,11 +161,36 @@ def test_rows_merge_alone_only_where_that_meets_the_ratio(height: int, width: in
         assert ratio - 0.1 < alone[1] / width < ratio + 0.05
 
 
+@contextmanager
+def exporting() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_exporting", lambda: True)
+        yield
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, tokens.SHORT), st.integers(0, 10**6))
 def test_short_lines_are_exported_with_the_same_cosines(length: int, seed: int) -> None:
     metric = torch.randn(3, length, 32, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(tokens._cut_from_all_pairs(metric), tokens.similarity(metric), atol=1e-6, rtol=1e-5)
+    wanted, even = tokens.similarity(metric), tokens.even_part(metric[..., 0])
+    with exporting():
+        torch.testing.assert_close(tokens.similarity(metric), wanted, atol=1e-6, rtol=1e-5)
+        assert torch.equal(tokens.even_part(metric[..., 0]), even)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(2, tokens.SHORT), st.booleans(), st.booleans(), st.data())
+def test_short_lines_are_exported_with_the_same_merges(length: int, ordered: bool, drop: bool, data: st.DataObject) -> None:
+    evens, odds = (length + 1) // 2, length // 2
+    prefix = data.draw(st.integers(0, 2)) if length > 3 else 0
+    keep = data.draw(st.integers(length - max(evens - (prefix + 1) // 2, 0), length))
+    few = st.sampled_from([-0.5, 0.25, 0.25 + 2**-25, 0.75])  # ties and near ties
+    scores = torch.tensor(data.draw(st.lists(few, min_size=2 * evens * odds, max_size=2 * evens * odds)))
+    scores = scores.reshape(2, evens, odds)
+    options = {"prefix": prefix, "drop": drop, "ordered": ordered}
+    wanted = tokens.bipartite(scores, keep, **options)
+    with exporting():
+        assert torch.equal(tokens.bipartite(scores, keep, **options).slot, wanted.slot)
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan"), "a"])

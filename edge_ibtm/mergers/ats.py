@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..tokens import Route, constant, keep_top
+from ..constants import constant
+from ..tokens import Route, keep_top
 from .base import Merger, Tokens
 
 

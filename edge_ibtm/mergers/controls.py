@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..tokens import Route, bipartite, constant, keep_top
+from ..constants import constant
+from ..tokens import Route, bipartite, keep_top
 from .base import Merger, Tokens
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..constants import constant
 from ..information import ib_step_matrix
-from ..tokens import Route, bipartite, constant, halves, similarity, unit
+from ..tokens import Route, bipartite, even_part, similarity, unit
 from .base import Merger, Tokens
 from .controls import even_runs
 from .tome import threshold_mask
@@ -131,6 +132,6 @@ class IBTM(Merger):
             return even_runs(tokens, keep)
         scores = similarity(tokens.metric)
         if tokens.penalty is not None:
-            scores = scores - halves(tokens.penalty.reshape(*tokens.penalty.shape, 1))[0]
+            scores = scores - even_part(tokens.penalty)
         soft = threshold_mask(scores, self.threshold) if self.training else None
         return bipartite(scores, keep, prefix=tokens.prefix, ordered=tokens.ordered, soft=soft)

@@ -1,0 +1,81 @@
+"""Small constants of the token arithmetic: matrices that count, compare, pick and place, made once for each size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PROTECTED = 1e4  # lowers a score below every cosine, however penalised
+
+
+def _pooled(length: int, keep: int, prefix: int) -> np.ndarray:
+    """1-based slots [1, length]: the prefix stays, the rest falls into `keep - prefix` runs of as equal length as can be."""
+    free = length - prefix
+    runs = np.floor(np.arange(free) * (keep - prefix) / max(free, 1)) + prefix
+    return np.concatenate([np.arange(prefix), runs])[None] + 1.0
+
+
+def _odd_last(lines: int, odds: int, keep: int, prefix: int) -> np.ndarray:
+    """1-based slots [lines, 1, odds] of odd tokens that stand behind all even ones, but for those of the prefix."""
+    j = np.arange(odds)
+    return np.tile(np.where(j < prefix // 2, 2 * j + 2, keep - odds + j + 1), (lines, 1, 1))
+
+
+def _against(n: int) -> np.ndarray:
+    """[n, n * n]: x @ it is x_k - x_j at j * n + k, times a power of two so large that a clamp sees only its sign."""
+    return 2.0**100 * (np.tile(np.eye(n), (1, n)) - np.kron(np.eye(n), np.ones((1, n))))
+
+
+def _odd_slots(length: int, keep: int, prefix: int) -> np.ndarray:
+    """The same [1, length] at the places of the odd tokens, zero at those of the even ones."""
+    slots = np.zeros((1, length))
+    slots[:, 1::2] = _odd_last(1, length // 2, keep, prefix)[0]
+    return slots
+
+
+@cache
+def _constant(kind: str, *size: int) -> np.ndarray:
+    makers: dict[str, Callable[..., np.ndarray]] = {
+        "positions": lambda n: np.arange(1, n + 1)[:, None],
+        "before": lambda n: np.tril(np.ones((n, n)), -1),
+        "upto": lambda n: np.triu(np.ones((n, n))),
+        "even_columns": lambda n: np.eye(n)[:, ::2],
+        "odd_columns": lambda n: np.eye(n)[:, 1::2],
+        "even_places": lambda n: np.eye(n)[::2],
+        "even_odd": lambda n: np.kron(np.eye(n)[:, ::2], np.eye(n)[:, 1::2]),
+        "against": _against,
+        "earlier_wins": lambda n: np.tril(np.ones((n, n)), -1).reshape(1, n * n),
+        "each": lambda n: np.kron(np.eye(n), np.ones((n, 1))),
+        "diagonal": lambda n: np.eye(n * n)[:, :: n + 1],
+        "ones": lambda n: np.ones((n, 1)),
+        "stays": lambda lines, n: np.ones((lines, 1, n)),
+        "sizes": lambda lines, n: np.ones((lines, n)),
+        "earlier": lambda n: np.triu(np.ones((n, n)), 1),
+        "protect_even": lambda n, k: -PROTECTED * (np.arange(n) * 2 < k)[:, None],
+        "protect_odd": lambda n, k: -PROTECTED * (np.arange(n) * 2 + 1 < k),
+        "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),
+        "pooled": _pooled,
+        "prefix_even": lambda n, k: np.minimum(np.arange(n), k // 2)[None],
+        "odd_last": _odd_last,
+        "odd_slots": _odd_slots,
+        "head": lambda n, k: 1.0 * (np.arange(n) < k)[None],
+    }
+    return np.ascontiguousarray(makers[kind](*size), dtype=np.float32)
+
+
+def constant(kind: str, *size: int, like: Tensor) -> Tensor:
+    """A small constant of the dtype and on the device of `like`; exported as a constant, not as operators.
+
+    Where a batch is exported as a dynamic dimension, the first of `size`, one row is the constant and is expanded.
+    """
+    if size and isinstance(size[0], torch.SymInt):
+        one = constant(kind, 1, *size[1:], like=like)
+        return one.expand(size[0], *one.shape[1:])
+    value = torch.from_numpy(_constant(kind, *size))
+    if like.dtype == torch.float32 and like.device.type in ("cpu", "meta"):
+        return value
+    return value.to(like.device, like.dtype)
