@@ -97,7 +97,7 @@ class Site(nn.Module):
         """
         if self.kept(tokens.z.shape[1], tokens.prefix, grid) == tokens.z.shape[1]:
             return Merged(tokens.z, tokens.size, None, grid, ones(tokens.z), tokens.logits, tokens.logits)
-        tokens = replace(self.merger.prepare(replace(tokens, depth=self.depth)), summary=None)
+        tokens = self.merger.prepare(replace(tokens, depth=self.depth))
         if self.layout == "sequence":
             return self._sequence(tokens)
         assert grid is not None

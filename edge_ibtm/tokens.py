@@ -117,8 +117,7 @@ def tiles(side: int, longest: int = 16) -> int:
 
 def greater(a: Tensor, b: Tensor, tie: Tensor | float = 0.0) -> Tensor:
     """1.0 where a > b, `tie` where a == b, else 0.0; exact in float32, written without a comparison."""
-    apart = (a - b) * _HUGE
-    return torch.clamp(apart if isinstance(tie, float) and tie == 0.0 else apart + tie, 0.0, 1.0)
+    return torch.clamp((a - b) * _HUGE + tie, 0.0, 1.0)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

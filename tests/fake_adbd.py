@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -302,3 +303,21 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def kill_runner(phone: FakePhone, times: int) -> list[int]:
+    """Kill the runner on the phone as Android does when memory is short, each time after some rounds."""
+    killed: list[int] = []
+
+    def watch(script: str) -> None:
+        if "kill -0" not in script or len(killed) >= times:
+            return
+        for folder in (phone.root / "data/local/tmp/edge-ibtm").glob("run-*"):
+            progress, pid = folder / "progress.txt", folder / "pid"
+            if pid.exists() and not (folder / "rc").exists():
+                wait_for(lambda file=progress: file.exists() and file.stat().st_size > 0)
+                killed.append(int(pid.read_text()))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    phone.faults.on_shell = watch
+    return killed

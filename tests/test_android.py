@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_adbd import FakePhone, Faults, wait_for
+from fake_adbd import FakePhone, Faults, kill_runner, wait_for
 from phone_models import Tiny, tiny
 
 from edge_ibtm import runner
@@ -179,7 +179,7 @@ class TestFaults:
     def test_runner_killed_once_is_started_again(
         self, phone: FakePhone, bundle: runner.Bundle, files: Tiny, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        killed = _kill_runner(phone, times=1)
+        killed = kill_runner(phone, times=1)
         run = probe_android([files.portable], None, options(phone, bundle, loop=replace(QUICK, samples=1500)))
         assert killed and len(run.results[0].samples_ms) == 1500
         assert "was killed on the phone after" in capsys.readouterr().err
@@ -188,7 +188,7 @@ class TestFaults:
     def test_runner_killed_again_and_again(
         self, phone: FakePhone, bundle: runner.Bundle, files: Tiny, cache: Path
     ) -> None:
-        _kill_runner(phone, times=99)
+        kill_runner(phone, times=99)
         with pytest.raises(DeviceError, match="killed on the phone by signal 9, 2 times.*rounds are kept in") as caught:
             probe_android([files.portable], None, options(phone, bundle, loop=replace(QUICK, samples=9000)))
         (kept,) = (cache / "probes").glob("*.json")
@@ -272,24 +272,6 @@ class TestFaults:
         with pytest.raises(DeviceError, match="51.0 Celsius.*limit is 45.0"):
             probe_android([files.pte], None, options(phone, bundle))
         assert phone.left_behind() == []
-
-
-def _kill_runner(phone: FakePhone, times: int) -> list[int]:
-    """Kill the runner on the phone as Android does when memory is short, each time after some rounds."""
-    killed: list[int] = []
-
-    def watch(script: str) -> None:
-        if "kill -0" not in script or len(killed) >= times:
-            return
-        for folder in (phone.root / "data/local/tmp/edge-ibtm").glob("run-*"):
-            progress, pid = folder / "progress.txt", folder / "pid"
-            if pid.exists() and not (folder / "rc").exists():
-                wait_for(lambda file=progress: file.exists() and file.stat().st_size > 0)
-                killed.append(int(pid.read_text()))
-                os.kill(killed[-1], signal.SIGKILL)
-
-    phone.faults.on_shell = watch
-    return killed
 
 
 def test_no_phone_and_two_phones(tmp_path: Path, phone: FakePhone) -> None:

@@ -93,14 +93,17 @@ class MergedMobileVitBlock(nn.Module):
 
     def _site(self, index: int, z: Tensor, grid: tuple[int, int], before: Merged | None = None) -> Merged:
         logits = before.logits if before is not None else None
-        tokens = self._tokens(z, ones(z), logits)
-        return self.sites[index](tokens, grid, turned=self.density != "once")
+        return self.sites[index](self._tokens(z, ones(z), logits), grid, turned=self.density != "once")
 
     def _tokens(self, z: Tensor, size: Tensor, logits: Tensor | None) -> Tokens:
         """Patch tokens [B, N, area * C]; a mask reads the sum [B, N, C] of their pixels, to its LayerNorm the mean."""
-        width = z.shape[-1] // self.patch_area
-        pixels = [z[..., i * width : (i + 1) * width] for i in range(self.patch_area)]
-        return Tokens(z, size, z, logits=logits, summary=sum(pixels[1:], pixels[0]))
+
+        def summary() -> Tensor:
+            width = z.shape[-1] // self.patch_area
+            pixels = [z[..., i * width : (i + 1) * width] for i in range(self.patch_area)]
+            return sum(pixels[1:], pixels[0])
+
+        return Tokens(z, size, z, logits=logits, summary=summary)
 
     def _global(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         """The transformer layers and the norm, on patch tokens [B, N, area * C]."""
@@ -194,8 +197,9 @@ def insert(model: nn.Module, settings: Settings) -> None:
         count = next(made)
         if not count:
             return block
-        inner: int = block.conv_kxk.conv.in_channels if settings.density == "once" else block.conv_1x1.out_channels  # type: ignore[union-attr, assignment]
-        restored, once = settings.density in ("stage", "block"), settings.density == "once"
+        once = settings.density == "once"
+        inner: Any = block.conv_kxk.conv.in_channels if once else block.conv_1x1.out_channels  # type: ignore[union-attr]
+        restored = settings.density in ("stage", "block")
         sites = [maker(inner, rows_alone=restored, strided=once) for _ in range(count)]
         return MergedMobileVitBlock(block, sites, settings.density).train(block.training)
 

@@ -19,7 +19,7 @@ class Tokens:
     penalty [B, N] lowers the score of a token that would disappear; importance [B, N] what pruners keep;
     logits [B, N] IBTM's mask carried from site to site; class_attention / received_attention: functions that give
     [B, N] from the block's own attention, or None where there is none; ordered: whether outputs must keep the order of
-    their places (lines of a grid); summary [B, N, d'] what a mask reads instead of z, for tokens of several pixels.
+    their places (lines of a grid); summary: a function that gives what a mask reads instead of z, [B, N, d'], or None.
     """
 
     z: Tensor
@@ -34,7 +34,7 @@ class Tokens:
     class_attention: Callable[[], tuple[Tensor, Tensor]] | None = None
     received_attention: Callable[[], Tensor] | None = None
     ordered: bool = False
-    summary: Tensor | None = None
+    summary: Callable[[], Tensor] | None = None
 
     def mass(self) -> Tensor:
         """w s [B, N]."""

@@ -19,14 +19,14 @@ from .base import Merger, Tokens
 from .controls import even_runs
 from .tome import threshold_mask
 
-MAX_CLUSTERS = 128  # C and L stay in float: with 256, merged mobilevit_s in int8 is 0.31 of fp32 instead of 0.28
+MASK_CLUSTERS = 128  # C and L stay in float: with 256, merged mobilevit_s in int8 is 0.31 of fp32 instead of 0.28
 
 
 class IBStep(nn.Module):
     """One gradient step of a site's mask logits, without labels.
 
     Buffers, refreshed from training data by `finetune` (all zero, hence no step, until then): centroids C [A, D] of
-    pooled features (A: the number of classes, at most MAX_CLUSTERS), likelihood Q [A, classes], prior pi [classes], and
+    pooled features (A: the number of classes, at most MASK_CLUSTERS), likelihood Q [A, classes], prior pi [classes], and
     step L [A, A], which follows from Q and pi.
     Learned: eta > 0, the step length, from 1 / (2 beta sqrt(D)): LayerNormed tokens have length sqrt(D) and v carries
     2 beta, so the first step moves logits by about the spread of psi, well inside the sigmoid. The labels enter only
@@ -40,7 +40,7 @@ class IBStep(nn.Module):
 
     def __init__(self, dim: int, classes: int, clusters: int | None = None, beta: float = 10.0) -> None:
         super().__init__()
-        clusters = clusters or max(2, min(MAX_CLUSTERS, classes))
+        clusters = clusters or max(2, min(MASK_CLUSTERS, classes))
         self.beta, self.conditional = beta, True
         self.log_eta = nn.Parameter(torch.tensor(-math.log(2 * beta * math.sqrt(dim))))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
@@ -68,7 +68,7 @@ class IBStep(nn.Module):
         """
         batch, count, width = normed.shape
         v = self._gradient(self.pooled(normed, torch.sigmoid(logits) * size)).reshape(batch, 1, width)
-        along = (normed * v) @ constant("ones", width, like=normed)  # half the time of normed @ v in XNNPACK
+        along = (normed * v) @ constant("ones", width, like=normed)  # in XNNPACK a half to three quarters of normed @ v
         return logits - self.eta * along.reshape(batch, count)
 
     def _gradient(self, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class IBTM(Merger):
             self.log_lambda = self.threshold = None
 
     def prepare(self, tokens: Tokens) -> Tokens:
-        normed = self.information.norm(tokens.z if tokens.summary is None else tokens.summary)
+        normed = self.information.norm(tokens.z if tokens.summary is None else tokens.summary())
         logits = tokens.logits
         if logits is None:
             first = self.first_logits
