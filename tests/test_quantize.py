@@ -153,6 +153,7 @@ def test_padding_written_as_a_concatenation_is_equal(pads):
 @pytest.mark.slow
 @pytest.mark.parametrize("side", [56, 48])
 def test_a_swin_that_pads_its_windows_loads_in_int8(side, tmp_path):
+    torch.manual_seed(0)
     options = {"patch_size": 4, "window_size": 7, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 5}
     model = SwinTransformer(img_size=side, **options).eval()
     images = torch.randn(4, 3, side, side)
