@@ -112,7 +112,7 @@ def verify_command(
     merger: Merger = "ibtm",
     inputs: Annotated[Path | None, typer.Option(help=".pt file with normalised images [B, 3, H, W]")] = None,
     min_sqnr: Annotated[
-        float | None, typer.Option(help="gate, dB; default 80, in a run directory the recipe's")
+        float | None, typer.Option(help="gate over all images, dB; default 80, in a run directory the recipe's gates")
     ] = None,
     images: Annotated[
         int | None, typer.Option(help="held-out images, in a run directory; default the recipe's")
@@ -137,15 +137,17 @@ def verify_command(
 
         origin = origin_of(artifact, images)
         reference, shown = origin.reference, origin.images if given is None else given
-        least, kind = origin.min_sqnr_db, "held-out images" if given is None else "images"
+        limits, kind = origin.limits, "held-out images" if given is None else "images"
     else:
         reference = _build(model, weights, classes, img_size, (merger, keep_ratio))
         shown = example_for(reference, img_size) if given is None else given
-        least, kind = 80.0, "images of noise" if given is None else "images"
-    limits = Limits(sqnr_db=least if min_sqnr is None else min_sqnr)
+        limits, kind = Limits(), "images of noise" if given is None else "images"
+    if min_sqnr is not None:
+        limits = Limits(sqnr_db=min_sqnr)
     verdict = verify(reference, artifact, list(shown.split(1)), limits=limits, isolated=True)
     typer.echo(
-        f"{artifact}: SQNR {verdict.sqnr_db:.1f} dB, cosine {verdict.cosine:.6f}, max error {verdict.max_abs:.3g}, "
+        f"{artifact}: SQNR {verdict.sqnr_db:.1f} dB (median image {verdict.sqnr_median_db:.1f}, lowest "
+        f"{verdict.sqnr_lowest_db:.1f}), least cosine {verdict.cosine:.6f}, max error {verdict.max_abs:.3g}, "
         f"same top-1 {verdict.top1_agreement:.0%} of {verdict.samples} {kind}"
     )
     typer.echo(json.dumps(asdict(verdict)))

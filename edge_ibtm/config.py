@@ -159,7 +159,10 @@ class VerifySection(Section):
     """Gates. A missed gate is named and the command exits 1."""
 
     fp32_sqnr_db: float = Field(default=80.0, description="fp32 artifact against eager")
-    fp16_sqnr_db: float = Field(default=40.0, description="fp16 Core ML package against eager, where it can be evaluated")
+    fp16_sqnr_db: float = Field(
+        default=40.0, description="fp16 Core ML package against eager, the median image; where it can be evaluated"
+    )
+    agreement: Ratio = Field(default=0.98, description="share of images with the same class in a Core ML package and eager")
     int8_sqnr_db: float = Field(default=28.0, description="int8 artifact against its own converted graph")
     max_drop: Annotated[float, Field(ge=0, le=100)] = Field(
         default=2.0, description="top-1 points that a stage may lose against the previous stage"

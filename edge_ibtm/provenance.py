@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from edge_ibtm.verify import Limits
+
 
 @dataclass(frozen=True)
 class Origin:
-    """The model of an artifact, normalised held-out images [n, 3, H, W], and the least SQNR of the run's gate, dB."""
+    """The model of an artifact, normalised held-out images [n, 3, H, W], and what the run's gates ask of it."""
 
     reference: nn.Module
     images: torch.Tensor
     stage: str
-    min_sqnr_db: float | None
+    limits: Limits
 
 
 def origin_of(artifact: Path, count: int | None = None) -> Origin:
@@ -49,8 +51,9 @@ def _origin(run: Path, stage: str, precision: str, report: dict[str, Any], count
     from edge_ibtm.checkpoint import ModelSpec, build
     from edge_ibtm.config import Recipe
     from edge_ibtm.data import load_data, view_of
-    from edge_ibtm.gates import sqnr_limit
+    from edge_ibtm.gates import limits_of
     from edge_ibtm.stages import CONVERTED, WEIGHTS, load_converted
+    from edge_ibtm.verify import Limits
 
     recipe, record = Recipe.model_validate(report["recipe"]), report["stages"][stage]
     entry = _entry_folder(run, stage, record)
@@ -61,7 +64,7 @@ def _origin(run: Path, stage: str, precision: str, report: dict[str, Any], count
     data = load_data(recipe.data, view_of(recipe.model.name, recipe.model.img_size), seed=recipe.seed)
     number = min(count or recipe.verify.images, len(data.test))
     images = torch.stack([data.test[i][0] for i in range(number)])
-    return Origin(reference, images, stage, sqnr_limit(recipe.verify, precision))
+    return Origin(reference, images, stage, Limits(**limits_of(recipe.verify, precision)))
 
 
 def _entry_folder(run: Path, stage: str, record: dict[str, Any]) -> Path:

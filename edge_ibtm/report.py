@@ -167,7 +167,9 @@ def _coreml_note(file: str, checked: Mapping[str, Any]) -> str:
     return (
         f"{file}: its ML Program was evaluated here on the first {checked['images']} held-out images only: top-1 "
         f"{checked['top1']:.1f} %, its model on the same images {checked['reference_top1']:.1f} %, the same class for "
-        f"{100 * checked['top1_agreement']:.1f} % of {checked['verify_images']}; Core ML itself runs on Apple devices only, "
+        f"{100 * checked['top1_agreement']:.1f} % of {checked['verify_images']}; SQNR of the median image "
+        f"{checked['sqnr_median_db']:.1f} dB, of the lowest {checked['sqnr_lowest_db']:.1f} dB (where half precision decides a "
+        "near tie between two tokens otherwise, the image's is low); Core ML itself runs on Apple devices only, "
         "so it has no latency in this table"
     )
 

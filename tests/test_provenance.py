@@ -38,7 +38,7 @@ def test_model_and_images_are_found(run: Path) -> None:
     torch.manual_seed(0)
     wanted = build(SPEC).state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in origin.reference.state_dict().items())
-    assert origin.images.shape == (3, 3, 64, 64) and origin.stage == "finetune" and origin.min_sqnr_db == 40
+    assert origin.images.shape == (3, 3, 64, 64) and origin.stage == "finetune" and origin.limits.sqnr_median_db == 40
     assert len(origin_of(run / "merged.coreml.fp16.mlpackage", 5).images) == 5
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from edge_ibtm.config import VerifySection
+from edge_ibtm.cache import Entry
+from edge_ibtm.config import Recipe, VerifySection
 from edge_ibtm.errors import GateError, UsageError
-from edge_ibtm.gates import Gate, sqnr_limit
+from edge_ibtm.gates import Gate, all_gates, limits_of
 from edge_ibtm.report import MARKS, Report, Row, fill_readme, write_report
 from edge_ibtm.report_text import COLUMNS, cells, print_report, table_block
 
@@ -43,8 +45,25 @@ def test_require_names_every_missed_gate() -> None:
 
 def test_default_limits_are_the_issues() -> None:
     section = VerifySection()
-    assert [sqnr_limit(section, p) for p in ("fp32", "int8", "pal4")] == [80, 28, None]
-    assert section.max_drop == 2
+    assert [limits_of(section, p)["sqnr_db"] for p in ("fp32", "int8", "pal4")] == [80, 28, None]
+    assert limits_of(section, "fp16") == {"sqnr_db": None, "sqnr_median_db": 40, "top1_agreement": 0.98}
+    assert limits_of(section, "int8w")["sqnr_median_db"] == 28 and section.max_drop == 2
+
+
+@pytest.mark.parametrize(("figures", "missed"), [
+    ({}, []),
+    ({"sqnr_db": 5.0}, []),
+    ({"sqnr_median_db": 39.0}, ["a SQNR of the median image: 39.00 dB (at least 40)"]),
+    ({"top1_agreement": 62 / 64}, ["a same class as its model: 96.88 % (at least 98)"]),
+    ({"top1": 91.0}, ["top-1 loss, a against its model: 4.00 points (at most 2)"]),
+])  # fmt: skip
+def test_core_ml_is_judged_by_its_median_image_and_its_classes(figures: dict[str, float], missed: list[str]) -> None:
+    checked = {"verified": True, "sqnr_db": 38.9, "sqnr_median_db": 57.0, "top1_agreement": 1.0, "top1": 95.0}
+    record = Entry("", "", Path(), {"top1": 95.0}, "")
+    verdict = Entry("", "", Path(), {**checked, **figures, "reference_top1": 95.0}, "")
+    product = SimpleNamespace(name="p", file="a", stage="finetune", precision="fp16")
+    done = {"base": record, "finetune": record, "verify-p": verdict}
+    assert [g.text for g in all_gates(Recipe(), done, [product]) if not g.ok] == missed
 
 
 def test_cells_follow_the_columns() -> None:

@@ -76,6 +76,15 @@ def test_verify_sees_a_changed_model(vit, lowered):
         verdict.require()
 
 
+def test_one_image_far_off_rules_the_total_not_the_median():
+    wanted = torch.ones(3, 4)
+    got = wanted + torch.tensor([[1e-3], [1e-3], [0.1]])
+    verdict = compare_outputs(wanted, got, Limits(sqnr_db=None, sqnr_median_db=50, top1_agreement=1))
+    assert verdict.sqnr_median_db == pytest.approx(60, abs=0.01) and verdict.sqnr_lowest_db == pytest.approx(20, abs=0.01)
+    assert verdict.ok and verdict.sqnr_db == pytest.approx(24.77, abs=0.01)
+    assert compare_outputs(wanted, got, Limits(sqnr_median_db=61)).failures[0].startswith("sqnr_db 24.77")
+
+
 def test_compare_outputs():
     wanted = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
     got = torch.tensor([[2.0, 1.0], [3.0, 0.0]])
@@ -83,8 +92,10 @@ def test_compare_outputs():
     assert verdict.sqnr_db == pytest.approx(10 * torch.log10(torch.tensor(14 / 2)).item())
     assert verdict.max_abs == 1.0 and verdict.top1_agreement == 0.5
     assert len(verdict.failures) == 2
-    assert not compare_outputs(wanted, got * float("nan"), Limits(sqnr_db=None)).ok
-    assert compare_outputs(wanted, wanted, Limits()).ok
+    broken = compare_outputs(wanted, got * float("nan"), Limits(sqnr_db=None, sqnr_median_db=1))
+    assert not broken.ok and len(broken.failures) == 2 and broken.sqnr_db != broken.sqnr_db
+    same = compare_outputs(wanted, wanted, Limits())
+    assert same.ok and same.sqnr_db == same.sqnr_median_db == same.sqnr_lowest_db == 200
     with pytest.raises(UsageError, match="shape"):
         compare_outputs(wanted, got[:, :1], Limits())
 
