@@ -47,6 +47,8 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "odd_columns": lambda n: np.eye(n)[:, 1::2],
         "even_places": lambda n: np.eye(n)[::2],
         "even_odd": lambda n: np.kron(np.eye(n)[:, ::2], np.eye(n)[:, 1::2]),
+        "even_of_pairs": lambda n: np.kron(np.eye(n)[:, ::2], np.ones((1, n // 2))),
+        "odd_of_pairs": lambda n: np.tile(np.eye(n)[:, 1::2], (1, (n + 1) // 2)),
         "against": _against,
         "earlier_wins": lambda n: np.tril(np.ones((n, n)), -1).reshape(1, n * n),
         "each": lambda n: np.kron(np.eye(n), np.ones((n, 1))),

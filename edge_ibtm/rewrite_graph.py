@@ -13,6 +13,7 @@ _NOTHING = {
     aten._to_copy.default, aten.contiguous.default, aten.expand.default, aten.dropout.default, aten.clone.default,
     aten.pad.default, aten.constant_pad_nd.default,
 }  # fmt: skip
+_RESHAPES = {aten.view.default, aten.reshape.default}
 
 
 def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -22,7 +23,9 @@ def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     from edge_ibtm.rewrite_share import share
 
     drop_no_ops(program.graph_module)
-    return share(constant_prop_pass(program))
+    program = share(constant_prop_pass(program))
+    fold_reshapes(program.graph_module)
+    return program
 
 
 def drop_no_ops(module: GraphModule) -> None:
@@ -35,6 +38,42 @@ def drop_no_ops(module: GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     module.recompile()
+
+
+def fold_reshapes(module: GraphModule) -> None:
+    """Reshape a reshaped value from its origin where nothing else reads the step between; drop those that change nothing.
+
+    In XNNPACK a reshape is free only where nothing else reads its input and one operator its output; else it is a copy.
+    """
+    from edge_ibtm.rewrite_share import aliases, written_values
+
+    graph = module.graph
+    written = set(written_values(graph))
+    for node in list(graph.nodes):
+        if node.op == "call_function" and aliases(node) and written.intersection(node.all_input_nodes):
+            written.add(node)
+        if node.target not in _RESHAPES or node in written:
+            continue
+        steps = [node]
+        while steps[-1].target in _RESHAPES and steps[-1].args[0] not in written:
+            steps.append(steps[-1].args[0])
+        same = next((step for step in steps[1:] if _same(node, step)), None)
+        origin = next((step for step in steps[1:] if step.target not in _RESHAPES or len(step.users) > 1), steps[-1])
+        if same is not None:
+            node.replace_all_uses_with(same)
+            _erase_unused(graph, node)
+        elif origin not in (node, node.args[0]):
+            between, node.args = node.args[0], (origin, *node.args[1:])
+            node.target = aten.reshape.default
+            _erase_unused(graph, between)
+    module.recompile()
+
+
+def _erase_unused(graph: torch.fx.Graph, node: Node) -> None:
+    while not node.users and node.target in _RESHAPES:
+        source = node.args[0]
+        graph.erase_node(node)
+        node = source  # type: ignore[assignment]
 
 
 def _same(node: Node, source: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.fx import Node
 def share(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Let every operator that repeats an earlier one on the same inputs use its result; changed in place."""
     graph = program.graph
-    written = set(_written(graph))
+    written = set(written_values(graph))
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or written.intersection({node, *node.all_input_nodes}) or _impure(node):
@@ -30,21 +30,22 @@ def share(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
     return program
 
 
-def _written(graph: torch.fx.Graph) -> Iterator[Node]:
+def written_values(graph: torch.fx.Graph) -> Iterator[Node]:
     """Values that an operator writes in place, and what they are views of."""
     for node in graph.nodes:
         if node.op == "call_function" and _schema_of(node) is not None and _schema_of(node).is_mutable:
             value: Any = node
             while isinstance(value, Node):
                 yield value
-                value = value.args[0] if value.args and value.op == "call_function" and _aliases(value) else None
+                value = value.args[0] if value.args and value.op == "call_function" and aliases(value) else None
 
 
 def _schema_of(node: Node) -> Any:
     return getattr(node.target, "_schema", None)
 
 
-def _aliases(node: Node) -> bool:
+def aliases(node: Node) -> bool:
+    """Whether an operator's output may be a view of its input."""
     schema = _schema_of(node)
     return schema is None or any(a.alias_info is not None for a in schema.arguments)
 

@@ -52,6 +52,12 @@ class Merged:
         """[B, P, D] -> [B, N, D]."""
         return y if self.plan is None else self.plan.copy(y)
 
+    def through(self, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]: merged, changed token by token, copied back."""
+        if isinstance(self.plan, GridPlan):
+            return self.plan.through(change, x)
+        return self.copy(change(self.pool(x)))
+
 
 class Site(nn.Module):
     """Merges with one merger at one keep ratio, in sequence or grid layout.

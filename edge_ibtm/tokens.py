@@ -210,9 +210,8 @@ def _cut_from_all_pairs(metric: Tensor) -> Tensor:
     gram = float32(metric @ metric.transpose(1, 2))
     flat = gram.reshape(lines, length * length)
     scale = torch.rsqrt(flat @ constant("diagonal", length, like=gram) + _EPS)
-    even, odd = (scale @ constant(kind, length, like=gram) for kind in ("even_columns", "odd_columns"))
-    cut = (flat @ constant("even_odd", length, like=gram)).reshape(lines, even.shape[1], odd.shape[1])
-    return cut * even.reshape(*even.shape, 1) * odd.reshape(lines, 1, odd.shape[1])
+    even, odd = (scale @ constant(kind, length, like=gram) for kind in ("even_of_pairs", "odd_of_pairs"))
+    return (flat @ constant("even_odd", length, like=gram) * (even * odd)).reshape(lines, (length + 1) // 2, length // 2)
 
 
 def _slots(kept: Tensor) -> Tensor:

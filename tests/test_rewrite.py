@@ -201,6 +201,22 @@ def test_export_folds_what_depends_on_no_input():
     assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [torch.ops.aten.mul.Tensor]
 
 
+def test_reshapes_of_reshapes_become_one():
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            lines = torch.sin(x).reshape(6, 4)
+            back = lines.reshape(2, 12)  # as it was
+            once = torch.cos(x).reshape(3, 8).reshape(4, 6)
+            turned = back.t().reshape(24)
+            return turned + once.reshape(24) + torch.exp(lines).reshape(24) + torch.exp(back).reshape(24)
+
+    x = torch.randn(2, 12)
+    program = export_rewritten(Model(), (x,))
+    reshapes = [n for n in program.graph.nodes if "reshape" in str(n.target) or "view" in str(n.target)]
+    assert len(reshapes) == 5  # lines, turned, once, and the two exponentials
+    torch.testing.assert_close(program.module()(x), Model()(x))
+
+
 def test_repeated_operators_are_computed_once():
     class Model(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -208,7 +224,9 @@ def test_repeated_operators_are_computed_once():
             y += torch.exp(x)  # writes in place: what read y before must not be reused
             z = y.reshape(-1) * 2.0
             y.mul_(3.0)
-            return torch.sin(x) + torch.sin(x) + z.reshape(x.shape) + y.reshape(-1).reshape(x.shape)
+            kept = y.t().reshape(6, 2)  # a copy of y before it is written once more
+            y.mul_(3.0)
+            return torch.sin(x) + torch.sin(x) + z.reshape(x.shape) + y.reshape(-1).reshape(x.shape) + kept.reshape(x.shape)
 
     x = torch.randn(3, 4)
     program = export_rewritten(Model(), (x,))

@@ -339,3 +339,27 @@ def test_mobilevit_masks_read_the_mean_pixel_of_each_patch() -> None:
     model(torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)))
     mean = torch.nn.functional.avg_pool2d(local[0], 2).flatten(2).transpose(1, 2)
     torch.testing.assert_close(seen[0] / 4, mean)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.7, 0.4])
+def test_a_swin_block_changes_merged_tokens_and_copies_them_back(keep_ratio: float) -> None:
+    """In lines where rows merge alone (0.7), as a whole map where columns merge too (0.4); a path drops whole images."""
+    model, _ = BACKBONES["swin"].twin()
+    edge_ibtm.insert_mergers(model, merger="tome", keep_ratio=keep_ratio)
+    stage = model.layers[0].blocks
+    block = stage.blocks()[1]
+    torch.manual_seed(0)
+    x = torch.randn(3, 14, 14, 16)
+    with torch.no_grad():
+        x, merged = stage.step(0, stage.blocks()[0], x, None)
+        before = x + block._attn(block.norm1(x))
+        z = before.reshape(3, -1, 16)
+        wanted = before + merged.copy(block.mlp(block.norm2(merged.pool(z)))).reshape(before.shape)
+        assert (merged.plan.columns is None) == (keep_ratio == 0.7)
+        torch.testing.assert_close(stage.step(1, block, x, merged)[0], wanted)
+        block.drop_path2 = timm.layers.DropPath(0.5, scale_by_keep=False).train()
+        torch.manual_seed(4)
+        dropped = stage.step(1, block, x, merged)[0]
+    whole = [torch.allclose(a, b, atol=1e-5) for a, b in zip(dropped, wanted)]
+    assert 0 < sum(whole) < 3
+    assert all(kept or torch.equal(a, b) for kept, a, b in zip(whole, dropped, before))

@@ -40,11 +40,11 @@ class MergedSwinBlocks(RestoringBlocks):
             size = ones(z)
             merged = site(Tokens(z, size, z, logits=logits), tuple(windows.shape[1:3]), turned=True)
         assert merged is not None
-        update = merged.copy(b.drop_path2(b.mlp(b.norm2(merged.pool(z) if site is None else merged.x))))
+        update = merged.through(lambda tokens: b.mlp(b.norm2(tokens)), z)
         update = update.reshape(windows.shape)
         if windows.shape[1:] != shape[1:]:
             update = window_reverse(update, b.window_size, shape[1], shape[2])
-        return x + update, merged
+        return x + b.drop_path2(update), merged
 
     def _windows(self, x: Tensor, window: tuple[int, int]) -> Tensor:
         """What merges among itself: the whole map in grid layout, windows [B * nW, 7, 7, C] in sequence layout."""
