@@ -1,4 +1,4 @@
-"""What the latency benchmark compares: variants of one model, and the files made for them (kept, never made twice)."""
+"""What the latency benchmark compares: variants of one model, and the files made for them (kept until the source changes)."""
 
 from __future__ import annotations
 
@@ -76,15 +76,22 @@ def _fill_masks(model: Any) -> None:
 
 
 def make_file(name: str, size: int, variant: Variant, keep_ratio: float, folder: Path) -> dict[str, Any]:
-    """Make a variant's artifact unless it is there; returns its facts (MACs, bytes, subgraphs, CPU seconds to make it)."""
+    """Make an artifact unless this source made it; returns its facts (MACs, bytes, subgraphs, CPU seconds to make it)."""
+    from edge_ibtm.cache import source_hash
+    from edge_ibtm.stages_names import SOURCES
+
     facts = folder / f"{variant.name.replace(' ', '_').replace(',', '')}.json"
+    ours = variant.engine == "executorch" and not variant.plain
+    source = source_hash(SOURCES["lower"]) if ours else None
     if facts.exists() and (not variant.suffix or (folder / variant.file).exists()):
-        return dict(json.loads(facts.read_text()))
+        known = dict(json.loads(facts.read_text()))
+        if known.get("source") == source:
+            return known
     from edge_ibtm import count_macs
     from edge_ibtm.targets.common import replacing
 
     model = model_of(name, size, variant, keep_ratio)
-    found: dict[str, Any] = {**asdict(variant), "macs": count_macs(model, size), "sites": _sites(model)}
+    found: dict[str, Any] = {**asdict(variant), "macs": count_macs(model, size), "sites": _sites(model), "source": source}
     start = time.process_time()
     found |= MAKERS[variant.engine](model, size, variant, folder / variant.file)
     found["make_cpu_s"] = round(time.process_time() - start, 2)

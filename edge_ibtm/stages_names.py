@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-_MODEL = ("backbones", "checkpoint", "macs", "stages")
-_MERGE = (*_MODEL, "surgery", "tokens", "plan", "site", "mergers", "information", "statistics*")
+_MODEL = ("backbones", "checkpoint", "macs*", "stages")
+_MERGE = (*_MODEL, "surgery", "tokens", "constants", "plan", "site", "mergers", "information", "statistics*")
 _TRAIN = ("finetune*",)
 _DATA = ("data*",)
 
 SOURCES: dict[str, tuple[str, ...]] = {
-    "check": ("backbones", "checkpoint", "mergers", "targets", "stages"),
+    "check": (*_MERGE, "quantize*", "rewrite*", "targets"),
     "data": _DATA,
     "base": (*_MODEL, *_TRAIN, *_DATA),
     "merge": (*_MERGE, *_TRAIN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +278,17 @@ def test_every_stage_names_modules_that_exist() -> None:
     for modules in SOURCES.values():
         for name in modules:
             assert (root / name).is_dir() or list(root.glob(f"{name}.py")), name
+
+
+def test_what_merging_imports_is_part_of_its_stages_key() -> None:
+    from edge_ibtm.stages_names import SOURCES
+
+    root = Path(pipeline.__file__).parent
+    files = [root / f"{n}.py" for n in ("tokens", "plan", "site", "information", "surgery")]
+    for file in [*files, *(root / "mergers").glob("*.py"), *(root / "backbones").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("edge_ibtm.")):
+                continue
+            inside = file.parent != root and node.level == 1
+            name = (node.module or "").removeprefix("edge_ibtm.").split(".")[0]
+            assert inside or name == "errors" or any(fnmatch(name, known) for known in SOURCES["merge"]), (file.name, name)
