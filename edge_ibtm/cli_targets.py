@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,8 @@ from edge_ibtm.errors import EdgeIBTMError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from edge_ibtm.verify import Limits
 
 Model = Annotated[str, typer.Option("--model", help="model name (edge-ibtm list)")]
 Weights = Annotated[str | None, typer.Option(help="file (safetensors, .pth), 'pretrained', or none: random")]
@@ -112,7 +114,7 @@ def verify_command(
     merger: Merger = "ibtm",
     inputs: Annotated[Path | None, typer.Option(help=".pt file with normalised images [B, 3, H, W]")] = None,
     min_sqnr: Annotated[
-        float | None, typer.Option(help="gate over all images, dB; default 80, in a run directory the recipe's gates")
+        float | None, typer.Option(help="gate over all images, dB; default 80; in a run, and for Core ML, a recipe's gates")
     ] = None,
     images: Annotated[
         int | None, typer.Option(help="held-out images, in a run directory; default the recipe's")
@@ -129,21 +131,22 @@ def verify_command(
         eager = None if model is None else _build(model, weights, classes, img_size, (merger, keep_ratio))
         _verify_arch(arch, artifact, given, eager)
         return
-    from edge_ibtm.check import example_for
-    from edge_ibtm.verify import Limits, verify
+    from edge_ibtm.verify import verify
 
     if model is None:
         from edge_ibtm.provenance import origin_of
 
         origin = origin_of(artifact, images)
-        reference, shown = origin.reference, origin.images if given is None else given
-        limits, kind = origin.limits, "held-out images" if given is None else "images"
+        reference, shown, limits, kind = origin.reference, origin.images, origin.limits, "held-out images"
     else:
+        from edge_ibtm.check import example_for
+
         reference = _build(model, weights, classes, img_size, (merger, keep_ratio))
-        shown = example_for(reference, img_size) if given is None else given
-        limits, kind = Limits(), "images of noise" if given is None else "images"
+        shown, limits, kind = example_for(reference, img_size), _usual_limits(artifact), "images of noise"
+    if given is not None:
+        shown, kind = given, "images"
     if min_sqnr is not None:
-        limits = Limits(sqnr_db=min_sqnr)
+        limits = replace(limits, sqnr_db=min_sqnr, sqnr_median_db=None, top1_agreement=None)
     verdict = verify(reference, artifact, list(shown.split(1)), limits=limits, isolated=True)
     typer.echo(
         f"{artifact}: SQNR {verdict.sqnr_db:.1f} dB (median image {verdict.sqnr_median_db:.1f}, lowest "
@@ -152,6 +155,20 @@ def verify_command(
     )
     typer.echo(json.dumps(asdict(verdict)))
     verdict.require(str(artifact))
+
+
+def _usual_limits(artifact: Path) -> Limits:
+    """What a recipe asks of a package by default, by the precision written in it; of anything else what fp32 reaches."""
+    from edge_ibtm.config import VerifySection
+    from edge_ibtm.gates import limits_of
+    from edge_ibtm.verify import Limits
+
+    if artifact.suffix != ".mlpackage":
+        return Limits()
+    from edge_ibtm.targets.coreml import package_facts
+
+    asked = limits_of(VerifySection(), package_facts(artifact).metadata.get("precision", "fp32"))
+    return Limits(**asked) if any(asked.values()) else Limits()
 
 
 def _images(path: Path | None) -> Any:

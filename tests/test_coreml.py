@@ -12,6 +12,7 @@ from torch import nn
 
 import edge_ibtm
 from edge_ibtm.backbones import BACKBONES
+from edge_ibtm.cli_targets import _usual_limits
 from edge_ibtm.errors import UsageError
 from edge_ibtm.targets.coreml import (
     PRECISIONS,
@@ -23,6 +24,7 @@ from edge_ibtm.targets.coreml import (
 )
 from edge_ibtm.targets.coreml_package import open_package, operations, to_bytes
 from edge_ibtm.targets.coreml_pte import extract_mlpackage, lower_coreml_pte, run_coreml_pte
+from edge_ibtm.verify import Limits
 
 FLOAT32, FLOAT16 = 11, 10  # MIL data types
 
@@ -94,6 +96,13 @@ def test_package_says_what_it_is(packages) -> None:
     assert artifact.bytes == facts.bytes > facts.weight_bytes > 0
     assert (artifact.subgraphs, artifact.delegated, artifact.non_delegated) == (1, sum(facts.operations.values()), 0)
     assert not [f for f in artifact.path.parent.iterdir() if f.name.startswith(".")]
+
+
+def test_verify_asks_of_a_package_what_its_precision_can_reach(packages, tmp_path) -> None:
+    assert _usual_limits(packages["fp16"].path) == Limits(None, sqnr_median_db=40, top1_agreement=0.98)
+    assert _usual_limits(packages["plain-int8w"].path) == Limits(None, sqnr_median_db=28, top1_agreement=0.98)
+    assert _usual_limits(packages["plain-fp32"].path) == _usual_limits(packages["plain-pal4"].path) == Limits()
+    assert _usual_limits(tmp_path / "m.pte") == Limits()
 
 
 def test_compressed_weights_are_smaller(packages) -> None:
