@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,9 +116,7 @@ def verify_command(
     min_sqnr: Annotated[
         float | None, typer.Option(help="gate over all images, dB; default 80; in a run, and for Core ML, a recipe's gates")
     ] = None,
-    images: Annotated[
-        int | None, typer.Option(help="held-out images, in a run directory; default the recipe's")
-    ] = None,
+    images: Annotated[int | None, typer.Option(help="held-out images, in a run directory; default the recipe's")] = None,
     arch: Annotated[str | None, typer.Option(help="aarch64: run on an emulated Arm CPU instead")] = None,
 ) -> None:
     """Run an artifact and the model it came from on the same images; exit 1 if they differ. The last line is JSON.
@@ -127,27 +125,32 @@ def verify_command(
     the images are noise unless --inputs is given.
     """
     given = _images(inputs)
+    eager = None if model is None else _build(model, weights, classes, img_size, (merger, keep_ratio))
     if arch is not None:
-        eager = None if model is None else _build(model, weights, classes, img_size, (merger, keep_ratio))
         _verify_arch(arch, artifact, given, eager)
         return
-    from edge_ibtm.verify import verify
+    from edge_ibtm.verify import Limits
 
-    if model is None:
+    if eager is None:
         from edge_ibtm.provenance import origin_of
 
         origin = origin_of(artifact, images)
-        reference, shown, limits, kind = origin.reference, origin.images, origin.limits, "held-out images"
+        eager, shown, limits, kind = origin.reference, origin.images, origin.limits, "held-out images"
     else:
         from edge_ibtm.check import example_for
 
-        reference = _build(model, weights, classes, img_size, (merger, keep_ratio))
-        shown, limits, kind = example_for(reference, img_size), _usual_limits(artifact), "images of noise"
+        shown, limits, kind = example_for(eager, img_size), _usual_limits(artifact), "images of noise"
     if given is not None:
         shown, kind = given, "images"
     if min_sqnr is not None:
-        limits = replace(limits, sqnr_db=min_sqnr, sqnr_median_db=None, top1_agreement=None)
-    verdict = verify(reference, artifact, list(shown.split(1)), limits=limits, isolated=True)
+        limits = Limits(sqnr_db=min_sqnr)
+    _compare(eager, artifact, shown, limits, kind)
+
+
+def _compare(eager: nn.Module, artifact: Path, shown: Any, limits: Limits, kind: str) -> None:
+    from edge_ibtm.verify import verify
+
+    verdict = verify(eager, artifact, list(shown.split(1)), limits=limits, isolated=True)
     typer.echo(
         f"{artifact}: SQNR {verdict.sqnr_db:.1f} dB (median image {verdict.sqnr_median_db:.1f}, lowest "
         f"{verdict.sqnr_lowest_db:.1f}), least cosine {verdict.cosine:.6f}, max error {verdict.max_abs:.3g}, "

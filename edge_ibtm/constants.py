@@ -44,7 +44,6 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "before": lambda n: np.tril(np.ones((n, n)), -1),
         "upto": lambda n: np.triu(np.ones((n, n))),
         "even_columns": lambda n: np.eye(n)[:, ::2],
-        "odd_columns": lambda n: np.eye(n)[:, 1::2],
         "even_places": lambda n: np.eye(n)[::2],
         "even_odd": lambda n: np.kron(np.eye(n)[:, ::2], np.eye(n)[:, 1::2]),
         "even_of_pairs": lambda n: np.kron(np.eye(n)[:, ::2], np.ones((1, n // 2))),

@@ -147,12 +147,12 @@ class GridPlan:
             y = unfold_lines(self.rows.copy(lines), y.shape[0])
         return y
 
-    def through(self, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """copy(change(pool(x))) for a change of every token alone: lines of rows stay lines, which saves two copies of them."""
+    def through(self, change: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        """copy(change(y)) for a change of every token alone: lines of rows stay lines, which saves two copies of them."""
         if self.rows is None or self.columns is not None:
-            return self.copy(change(self.pool(x)))
-        lines = self.rows.pool(fold_rows(x, self.grid, self.cuts[1]))
-        return unfold_lines(self.rows.copy(change(lines)), x.shape[0])
+            return self.copy(change(y))
+        lines = fold_rows(y, (self.grid[0], self.kept[1]), self.cuts[1])
+        return unfold_lines(self.rows.copy(change(lines)), y.shape[0])
 
     def _columns_of(self, y: Tensor) -> Tensor:
         """Merged tokens [B, P, D] as lines [B * W' * cuts, H' / cuts, D]."""

@@ -52,11 +52,9 @@ class Merged:
         """[B, P, D] -> [B, N, D]."""
         return y if self.plan is None else self.plan.copy(y)
 
-    def through(self, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]: merged, changed token by token, copied back."""
-        if isinstance(self.plan, GridPlan):
-            return self.plan.through(change, x)
-        return self.copy(change(self.pool(x)))
+    def through(self, change: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        """[B, P, D] -> [B, N, D]: changed token by token, then copied back."""
+        return self.plan.through(change, y) if isinstance(self.plan, GridPlan) else self.copy(change(y))
 
 
 class Site(nn.Module):

@@ -40,7 +40,8 @@ class MergedSwinBlocks(RestoringBlocks):
             size = ones(z)
             merged = site(Tokens(z, size, z, logits=logits), tuple(windows.shape[1:3]), turned=True)
         assert merged is not None
-        update = merged.through(lambda tokens: b.mlp(b.norm2(tokens)), z)
+        pooled = merged.pool(z) if site is None else merged.x
+        update = merged.through(lambda tokens: b.mlp(b.norm2(tokens)), pooled)
         update = update.reshape(windows.shape)
         if windows.shape[1:] != shape[1:]:
             update = window_reverse(update, b.window_size, shape[1], shape[2])
