@@ -23,8 +23,26 @@ def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     from edge_ibtm.rewrite_share import share
 
     drop_no_ops(program.graph_module)
-    program = share(constant_prop_pass(program))
+    with torch.no_grad():
+        program = share(constant_prop_pass(program))
     fold_reshapes(program.graph_module)
+    return program
+
+
+def own_constants(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Give every constant that is a view of a part of a tensor memory of its own; changed in place.
+
+    XNNPACK would write the beginning of the whole tensor into the file (executorch 1.5.1).
+    """
+    signature = program.graph_signature
+    names = {**signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_buffers, **signature.inputs_to_parameters}
+    for node in program.graph.find_nodes(op="placeholder"):
+        for known in (program.constants, program.state_dict):
+            value = known.get(names.get(node.name, ""))
+            if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() != value.nbytes:
+                own = value.detach().clone(memory_format=torch.contiguous_format)
+                known[names[node.name]] = torch.nn.Parameter(own) if isinstance(value, torch.nn.Parameter) else own
+                node.meta["val"] = node.meta["val"].clone(memory_format=torch.contiguous_format)
     return program
 
 

@@ -254,3 +254,27 @@ def test_resizing_is_delegated(tmp_path):
     artifact = lower(model, x, tmp_path / "r.pte")
     assert artifact.subgraphs == 1 and artifact.left_out == {}
     assert verify(model, artifact, x).sqnr_db >= 100
+
+
+class Parts(nn.Module):
+    """Constants that are parts of larger tensors: a buffer, rows and columns of a parameter, rows of a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rows", torch.randn(9, 6)[3:])
+        self.weight = nn.Parameter(torch.randn(6, 12))
+
+    def forward(self, x):
+        first, second = self.weight.split(3)
+        picked = nn.functional.linear(x, torch.eye(6)[4:])
+        x = nn.functional.linear(x, self.rows) @ self.weight[:, 6:]
+        return x.sum(-1, keepdim=True) * picked, x @ first.T[:6], x @ second.T[6:]
+
+
+@pytest.mark.parametrize("target", ["xnnpack", "portable"])
+def test_parts_of_larger_tensors_are_written_whole(target, tmp_path):
+    torch.manual_seed(0)
+    model, x = Parts().eval(), torch.randn(4, 6)
+    lower(model, x, tmp_path / "m.pte", target=target)
+    for got, wanted in zip(run_pte(tmp_path / "m.pte", x), model(x)):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)

@@ -53,12 +53,13 @@ def is_captured(model: nn.Module) -> bool:
 def capture(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
     """torch.export of the rewritten copy of an eager module, or of a graph module as it is."""
     from edge_ibtm.rewrite import export_rewritten
+    from edge_ibtm.rewrite_graph import own_constants
 
     try:
         if not is_captured(model):
-            return export_rewritten(model, inputs)
+            return own_constants(export_rewritten(model, inputs))
         with torch.no_grad():
-            return torch.export.export(model, inputs)
+            return own_constants(torch.export.export(model, inputs))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise EdgeIBTMError(f"torch.export of {type(model).__name__} on {shapes} failed: {first_line(error)}") from error
