@@ -53,6 +53,8 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "each": lambda n: np.kron(np.eye(n), np.ones((n, 1))),
         "diagonal": lambda n: np.eye(n * n)[:, :: n + 1],
         "ones": lambda n: np.ones((n, 1)),
+        "first": lambda n: np.eye(n)[:, :1],
+        "second": lambda n: np.eye(n)[:, 1:2],
         "stays": lambda lines, n: np.ones((lines, 1, n)),
         "sizes": lambda lines, n: np.ones((lines, n)),
         "earlier": lambda n: np.triu(np.ones((n, n)), 1),

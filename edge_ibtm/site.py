@@ -23,7 +23,7 @@ from .plan import (
     fold_rows,
     sequence_plan,
 )
-from .tokens import check_ratio, kept_grid, kept_tokens, tiles
+from .tokens import check_ratio, kept_grid, kept_tokens, short, squared_lengths, tiles
 
 _FIELDS = ("z", "metric", "size", "weight", "penalty", "importance")
 
@@ -101,7 +101,7 @@ class Site(nn.Module):
         """
         if self.kept(tokens.z.shape[1], tokens.prefix, grid) == tokens.z.shape[1]:
             return Merged(tokens.z, tokens.size, None, grid, ones(tokens.z), tokens.logits, tokens.logits)
-        tokens = self.merger.prepare(replace(tokens, depth=self.depth))
+        tokens = self.merger.prepare(replace(tokens, depth=self.depth, squares=self._squares(tokens, grid)))
         if self.layout == "sequence":
             return self._sequence(tokens)
         assert grid is not None
@@ -112,6 +112,15 @@ class Site(nn.Module):
         route = self.merger.route(tokens, keep)
         plan = sequence_plan(route, tokens.mass(), self.merger.preserves_norm(tokens))
         return _merged(tokens, plan, None)
+
+    def _squares(self, tokens: Tokens, grid: tuple[int, int] | None) -> Callable[[], Tensor] | None:
+        """|z_n|^2 from the products that similarities along short rows take anyhow."""
+        if grid is None or tokens.prefix or tokens.metric is not tokens.z or self._kept_grid(grid)[1] == grid[1]:
+            return None
+        cuts = tiles(grid[1], self.longest)
+        if not short(grid[1] // cuts):
+            return None
+        return lambda: squared_lengths(fold_rows(tokens.z, grid, cuts)).reshape(tokens.size.shape)
 
     def _grid(self, tokens: Tokens, grid: tuple[int, int], turned: bool) -> Merged:
         kept = self._kept_grid(grid)

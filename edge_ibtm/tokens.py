@@ -141,12 +141,12 @@ def interleave(even: Tensor, odd: Tensor) -> Tensor:
 def even_part(x: Tensor) -> Tensor:
     """The even positions of x [R, L]: [R, ceil(L/2), 1]."""
     lines, length = x.shape
-    if not _short(length):
+    if not short(length):
         return halves(x.reshape(lines, length, 1))[0]
     return (x @ constant("even_columns", length, like=x)).reshape(lines, (length + 1) // 2, 1)
 
 
-def _short(length: int) -> bool:
+def short(length: int) -> bool:
     """Whether a graph is exported and a line so short that products with constants compare and pick in the fewest nodes."""
     return torch.compiler.is_exporting() and length <= SHORT
 
@@ -162,7 +162,7 @@ def row_max(x: Tensor) -> Tensor:
 def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the last axis [..., 1] and the one-hot of its first position [..., n]."""
     n = x.shape[-1]
-    if _short(n):
+    if short(n):
         first = torch.clamp(1.0 - _before(x), 0.0, 1.0)
         return (first * x) @ constant("ones", n, like=x), first
     top = row_max(x)
@@ -174,7 +174,7 @@ def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
 def rank(values: Tensor) -> Tensor:
     """How many of values [R, L, 1] stand before each: larger ones, and equal ones at lower positions. -> [R, L, 1]"""
     lines, length, _ = values.shape
-    if _short(length):
+    if short(length):
         return _before(values.reshape(lines, length)).reshape(lines, length, 1)
     before = greater(values.reshape(-1, 1, length), values, constant("before", length, like=values))
     return before @ constant("ones", length, like=values)
@@ -198,7 +198,7 @@ def similarity(metric: Tensor) -> Tensor:
 
     In an exported graph short lines take all pairs' products, and cut and scale the small matrix instead of the features.
     """
-    if _short(metric.shape[1]):
+    if short(metric.shape[1]):
         return _cut_from_all_pairs(metric)
     even, odd = halves(unit(metric))
     return float32(even @ odd.transpose(1, 2))
@@ -207,11 +207,21 @@ def similarity(metric: Tensor) -> Tensor:
 def _cut_from_all_pairs(metric: Tensor) -> Tensor:
     """The same cosines, from the products of all tokens of a line with each other."""
     lines, length, _ = metric.shape
-    gram = float32(metric @ metric.transpose(1, 2))
-    flat = gram.reshape(lines, length * length)
-    scale = torch.rsqrt(flat @ constant("diagonal", length, like=gram) + _EPS)
-    even, odd = (scale @ constant(kind, length, like=gram) for kind in ("even_of_pairs", "odd_of_pairs"))
-    return (flat @ constant("even_odd", length, like=gram) * (even * odd)).reshape(lines, (length + 1) // 2, length // 2)
+    flat = _all_pairs(metric)
+    scale = torch.rsqrt(flat @ constant("diagonal", length, like=flat) + _EPS)
+    even, odd = (scale @ constant(kind, length, like=flat) for kind in ("even_of_pairs", "odd_of_pairs"))
+    return (flat @ constant("even_odd", length, like=flat) * (even * odd)).reshape(lines, (length + 1) // 2, length // 2)
+
+
+def _all_pairs(metric: Tensor) -> Tensor:
+    """Products [R, L * L] of all tokens of a line with each other."""
+    return float32(metric @ metric.transpose(1, 2)).reshape(metric.shape[0], metric.shape[1] ** 2)
+
+
+def squared_lengths(metric: Tensor) -> Tensor:
+    """|m|^2 [R, L] of the tokens of short lines, metric [R, L, D], from the products that `similarity` takes."""
+    flat = _all_pairs(metric)
+    return flat @ constant("diagonal", metric.shape[1], like=flat)
 
 
 def _slots(kept: Tensor) -> Tensor:
@@ -269,7 +279,7 @@ def bipartite(
         target = partner @ odd_slot[:1].reshape(odds, 1)
     target = target.reshape(lines, 1, evens)
     slot = (1.0 - gone) * even_slot if drop else (1.0 - gone) * even_slot + gone * target
-    if _short(length) and not ordered:
+    if short(length) and not ordered:
         slot = slot @ constant("even_places", length, like=slot) + constant("odd_slots", length, keep, prefix, like=slot)
     else:
         slot = interleave(slot, odd_slot)

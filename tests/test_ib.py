@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_finetune import coloured, merged_vit, tiny_vit
 from torch.utils.data import TensorDataset
 
@@ -11,6 +13,7 @@ import edge_ibtm
 from edge_ibtm import information as info
 from edge_ibtm.ib import LAST, input_features, measure_ib, model_ib
 from edge_ibtm.mergers import IBStep
+from edge_ibtm.mergers.products import NormProducts
 from edge_ibtm.statistics import JointCounter, class_means, fit_clusters, kmeans
 from edge_ibtm.statistics_sites import mask_modules, refresh_mask_buffers
 
@@ -116,3 +119,24 @@ def test_the_site_takes_the_step_of_the_closed_form(conditional: bool) -> None:
     x = step.pooled(z, torch.sigmoid(g) * size)
     v = info.ib_gradient(x, step.centroids, step.step, step.beta, conditional, on_sphere=True)
     torch.testing.assert_close(step(z, g, size), g - step.eta * (z @ v[:, :, None])[..., 0], atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(2, 48), st.floats(-30, 30), st.booleans(), st.integers(0, 10**6))
+def test_products_of_layer_normed_tokens_need_no_layer_norm(
+    batch: int, count: int, width: int, offset: float, known: bool, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x = (offset + torch.randn(batch, count, width, generator=random)).double()  # in float32 large offsets cancel
+    vector, v, mass = (torch.rand(n, m, generator=random).double() for n, m in ((1, width), (batch, width), (batch, count)))
+    normed = torch.nn.functional.layer_norm(x, (width,), eps=1e-5)
+    products = NormProducts(x, 1e-5, x.square().sum(-1) if known else None, vector)
+    wanted = (normed * vector).sum(-1), (normed * v[:, None]).sum(-1), (mass[..., None] * normed).sum(1)
+    got = products.of_vector, products.along(v), products.total(mass)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # the constant 1 / D is a float32's
+
+
+def test_a_token_of_equal_features_normalises_to_nothing() -> None:
+    products = NormProducts(torch.full((1, 2, 5), 7.3), 1e-5)
+    assert products.of_vector is None
+    assert products.along(torch.randn(1, 5)).abs().max() < 0.01

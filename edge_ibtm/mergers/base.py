@@ -19,7 +19,8 @@ class Tokens:
     penalty [B, N] lowers the score of a token that would disappear; importance [B, N] what pruners keep;
     logits [B, N] IBTM's mask carried from site to site; class_attention / received_attention: functions that give
     [B, N] from the block's own attention, or None where there is none; ordered: whether outputs must keep the order of
-    their places (lines of a grid); summary: a function that gives what a mask reads instead of z, [B, N, d'], or None.
+    their places (lines of a grid); summary: a function that gives what a mask reads instead of z, [B, N, d'], or None;
+    squares: a function that gives |z_n|^2 [B, N] where the site needs them anyhow, or None.
     """
 
     z: Tensor
@@ -35,6 +36,7 @@ class Tokens:
     received_attention: Callable[[], Tensor] | None = None
     ordered: bool = False
     summary: Callable[[], Tensor] | None = None
+    squares: Callable[[], Tensor] | None = None
 
     def mass(self) -> Tensor:
         """w s [B, N]."""

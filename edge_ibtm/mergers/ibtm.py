@@ -17,6 +17,7 @@ from ..information import ib_step_matrix
 from ..tokens import Route, bipartite, even_part, similarity, unit
 from .base import Merger, Tokens
 from .controls import even_runs
+from .products import NormProducts
 from .tome import threshold_mask
 
 MASK_CLUSTERS = 128  # C and L stay in float: with 256, merged mobilevit_s in int8 is 0.31 of fp32 instead of 0.28
@@ -53,22 +54,26 @@ class IBStep(nn.Module):
     def eta(self) -> Tensor:
         return torch.exp(self.log_eta)
 
-    def pooled(self, normed: Tensor, mass: Tensor) -> Tensor:
+    def pooled(self, normed: Tensor | NormProducts, mass: Tensor) -> Tensor:
         """x~ [B, D]: the LayerNormed tokens [B, N, D] averaged with mass w s [B, N], L2-normalised.
 
         The sum stands for the average: normalising drops the difference.
         """
+        if isinstance(normed, NormProducts):
+            return unit(normed.total(mass))
         batch, count, width = normed.shape
         return unit((mass.reshape(batch, 1, count) @ normed).reshape(batch, width))
 
-    def forward(self, normed: Tensor, logits: Tensor, size: Tensor) -> Tensor:
+    def forward(self, normed: Tensor | NormProducts, logits: Tensor, size: Tensor) -> Tensor:
         """g - eta <z_n, v> for LayerNormed tokens [B, N, D], logits g [B, N] and sizes [B, N] -> [B, N].
 
         v is `information.ib_gradient` on the sphere, sums written as matrix products, which every delegate takes.
         """
+        v = self._gradient(self.pooled(normed, torch.sigmoid(logits) * size))
+        if isinstance(normed, NormProducts):
+            return logits - self.eta * normed.along(v)
         batch, count, width = normed.shape
-        v = self._gradient(self.pooled(normed, torch.sigmoid(logits) * size)).reshape(batch, 1, width)
-        along = (normed * v) @ constant("ones", width, like=normed)  # in XNNPACK a half to three quarters of normed @ v
+        along = (normed * v.reshape(batch, 1, width)) @ constant("ones", width, like=v)  # in XNNPACK faster than normed @ v
         return logits - self.eta * along.reshape(batch, count)
 
     def _gradient(self, x: Tensor) -> Tensor:
@@ -116,16 +121,29 @@ class IBTM(Merger):
             self.log_lambda = self.threshold = None
 
     def prepare(self, tokens: Tokens) -> Tokens:
-        normed = self.information.norm(tokens.z if tokens.summary is None else tokens.summary())
-        logits = tokens.logits
-        if logits is None:
-            first = self.first_logits
-            logits = tokens.size * 0.0 if first is None else first(normed).reshape(normed.shape[:2])
+        normed, logits = self._normed(tokens)
+        if tokens.logits is not None:
+            logits = tokens.logits
         logits = self.information(normed, logits, tokens.size)
         mask = torch.sigmoid(logits)
         weight = mask.clamp_min(1e-4) if self.soft_weights else None
         penalty = None if self.log_lambda is None else torch.exp(self.log_lambda) * mask
         return tokens.with_(logits=logits, weight=weight, penalty=penalty)
+
+    def _normed(self, tokens: Tokens) -> tuple[Tensor | NormProducts, Tensor]:
+        """The LayerNormed tokens, and the logits of a site that is handed none."""
+        x, squares = (tokens.z, tokens.squares) if tokens.summary is None else (tokens.summary(), None)
+        first, norm = self.first_logits, self.information.norm
+        # without comparisons Core ML computes the mask in half precision, which squares can overflow
+        if not torch.compiler.is_exporting() or self.log_lambda is None:
+            normed = norm(x)
+            return normed, tokens.size * 0.0 if first is None else first(normed).reshape(x.shape[:2])
+        known = squares and squares()
+        if first is None:
+            return NormProducts(x, norm.eps, known), tokens.size * 0.0
+        products = NormProducts(x, norm.eps, known, first.weight)
+        assert products.of_vector is not None
+        return products, products.of_vector + first.bias
 
     def route(self, tokens: Tokens, keep: int) -> Route:
         if self.threshold is None:
