@@ -17,7 +17,7 @@ from phone_models import Tiny, tiny
 from pydantic import ValidationError
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
-from edge_ibtm.probe import Device, Emulated, Latency, ProbeOptions, probe, probe_many, read_results
+from edge_ibtm.probe import Device, Emulated, Latency, ProbeOptions, facts, probe, probe_many, read_results
 from edge_ibtm.probe.host import run_files
 from edge_ibtm.probe.loop import sample_rounds, warm_up
 from edge_ibtm.probe.schema import json_schema
@@ -221,3 +221,18 @@ def test_results_survive_a_file(files: Tiny, tmp_path) -> None:
         read_results(tmp_path / "other.json")
     schema = json.dumps(json_schema())
     assert "median_interval_ms" in schema and "instructions" in schema
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 1\nflags\t: fma avx avx2\n\nmodel name\t: no\n",
+         "AMD EPYC (family 25 model 1, avx2)"),
+        ("cpu family : 6\nmodel : 85\nmodel name : Xeon\nflags : avx2 avx512f avx\n", "Xeon (family 6 model 85, avx512f)"),
+        ("processor : 0\nHardware : Qualcomm SM8550\n", "Qualcomm SM8550"),
+    ],
+)  # fmt: skip
+def test_the_generation_of_a_cpu_is_told(text, name, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(facts, "_CPUINFO", tmp_path / "cpuinfo")
+    assert facts.cpu_model() == name

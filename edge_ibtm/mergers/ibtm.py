@@ -132,18 +132,13 @@ class IBTM(Merger):
 
     def _normed(self, tokens: Tokens) -> tuple[Tensor | NormProducts, Tensor]:
         """The LayerNormed tokens, and the logits of a site that is handed none."""
-        x, squares = (tokens.z, tokens.squares) if tokens.summary is None else (tokens.summary(), None)
         first, norm = self.first_logits, self.information.norm
-        # without comparisons Core ML computes the mask in half precision, which squares can overflow
-        if not torch.compiler.is_exporting() or self.log_lambda is None:
-            normed = norm(x)
-            return normed, tokens.size * 0.0 if first is None else first(normed).reshape(x.shape[:2])
-        known = squares and squares()
-        if first is None:
-            return NormProducts(x, norm.eps, known), tokens.size * 0.0
-        products = NormProducts(x, norm.eps, known, first.weight)
-        assert products.of_vector is not None
-        return products, products.of_vector + first.bias
+        # only where comparisons follow: elsewhere Core ML computes the mask in half precision, which squares overflow
+        if torch.compiler.is_exporting() and tokens.squares is not None and self.log_lambda is not None:
+            products = NormProducts(tokens.z, tokens.squares(), norm.eps, None if first is None else first.weight)
+            return products, tokens.size * 0.0 if first is None else products.of_vector + first.bias
+        normed = norm(tokens.z if tokens.summary is None else tokens.summary())
+        return normed, tokens.size * 0.0 if first is None else first(normed).reshape(normed.shape[:2])
 
     def route(self, tokens: Tokens, keep: int) -> Route:
         if self.threshold is None:

@@ -12,24 +12,20 @@ from ..constants import constant
 class NormProducts:
     """Products of scale (x - mean), the LayerNorm without affine part of tokens x [B, N, D], taken from x itself.
 
-    A product with a vector is scale <x, vector - its mean>; the variance is |x|^2 / D - mean^2. That saves three passes
-    over all features, and two where the tokens' squares [B, N] and a vector known beforehand come along.
+    A product with a vector is scale <x, vector - its mean>; the variance is |x|^2 / D - mean^2. Three passes over all
+    features are saved where something else needs the squares |x|^2 [B, N] anyhow.
     """
 
-    def __init__(self, x: Tensor, eps: float, squares: Tensor | None = None, vector: Tensor | None = None) -> None:
-        """vector [D]: one that does not depend on x; its product is taken with the mean, as `of_vector` [B, N]."""
+    def __init__(self, x: Tensor, squares: Tensor, eps: float, vector: Tensor | None = None) -> None:
+        """vector [1, D]: one that does not depend on x; its products [B, N] are taken with the mean, as `of_vector`."""
         batch, count, width = x.shape
         self.x, self.row = x, constant("sizes", 1, width, like=x) / width
-        if squares is None:
-            squares = ((x * x) @ constant("ones", width, like=x)).reshape(batch, count)
-        if vector is None:
-            mean, of_vector = F.linear(x, self.row).reshape(batch, count), None
-        else:
-            both = F.linear(x, torch.cat([self.row, centred(vector.reshape(1, width), self.row)]))
-            # picked by products, in XNNPACK half the time of slices
-            mean, of_vector = ((both @ constant(kind, 2, like=x)).reshape(batch, count) for kind in ("first", "second"))
+        vector = self.row if vector is None else centred(vector, self.row)
+        both = F.linear(x, torch.cat([self.row, vector]))
+        # picked by products, in XNNPACK half the time of slices
+        mean, along = ((both @ constant(kind, 2, like=x)).reshape(batch, count) for kind in ("first", "second"))
         self.scale = torch.rsqrt(torch.clamp(squares * (1.0 / width) - mean * mean, min=0.0) + eps)
-        self.of_vector = None if of_vector is None else of_vector * self.scale
+        self.of_vector = along * self.scale
 
     def total(self, mass: Tensor) -> Tensor:
         """The tokens' sum with mass [B, N]: [B, D]."""

@@ -10,16 +10,24 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _CPU = Path("/sys/devices/system/cpu")
+_CPUINFO = Path("/proc/cpuinfo")
 _THERMAL = Path("/sys/class/thermal")
 
 
 def cpu_model() -> str:
-    """Marketing name of the CPU, or the architecture when the system does not tell."""
-    text = _read(Path("/proc/cpuinfo"))
-    for line in text.splitlines():
-        if line.startswith(("model name", "Hardware")):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    """Marketing name of the CPU, or the architecture when the system does not tell.
+
+    On x86 with family, model and widest vectors: virtual machines give one name to several generations.
+    """
+    known: dict[str, str] = {}
+    for line in _read(_CPUINFO).splitlines():
+        key, _, value = line.partition(":")
+        known.setdefault(key.strip(), value.strip())
+    name = known.get("model name") or known.get("Hardware") or platform.processor() or platform.machine()
+    if "cpu family" not in known:
+        return name
+    vectors = next((v for v in ("avx512f", "avx2", "avx") if v in known.get("flags", "").split()), "sse")
+    return f"{name} (family {known['cpu family']} model {known.get('model', '?')}, {vectors})"
 
 
 def usable_cores() -> int:
