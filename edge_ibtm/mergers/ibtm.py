@@ -134,8 +134,9 @@ class IBTM(Merger):
         """The LayerNormed tokens, and the logits of a site that is handed none."""
         first, norm = self.first_logits, self.information.norm
         # only where comparisons follow: elsewhere Core ML computes the mask in half precision, which squares overflow
-        if torch.compiler.is_exporting() and tokens.squares is not None and self.log_lambda is not None:
-            products = NormProducts(tokens.z, tokens.squares(), norm.eps, None if first is None else first.weight)
+        squares = tokens.squares if tokens.summary is None and self.log_lambda is not None else None
+        if squares is not None and torch.compiler.is_exporting():
+            products = NormProducts(tokens.z, squares(), norm.eps, None if first is None else first.weight)
             return products, tokens.size * 0.0 if first is None else products.of_vector + first.bias
         normed = norm(tokens.z if tokens.summary is None else tokens.summary())
         return normed, tokens.size * 0.0 if first is None else first(normed).reshape(normed.shape[:2])
