@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-int8", action="store_true")
     p.add_argument("--prepare", action="store_true", help="make the artifacts and stop")
     p.add_argument("--table", action="store_true", help="write the tables and stop")
+    p.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON records, one for each host")
     p.add_argument("--to", type=Path, default=HERE.parent / "docs" / "LATENCY.md")
     p.add_argument("--one", help=argparse.SUPPRESS)
     return p
@@ -81,7 +82,7 @@ def make_one(request: str) -> None:
 
 
 def run(args: argparse.Namespace, model: str, threads: int, made: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
-    """Time all variants of a model in one child process; the record is written to RESULTS."""
+    """Time all variants of a model in one child process; the record is written to `--results`."""
     folder, facts = made
     chosen = [v for v in variants(args.mergers, args.densities, args.engines, not args.no_int8) if v.name in facts]
     request = {
@@ -102,8 +103,8 @@ def run(args: argparse.Namespace, model: str, threads: int, made: tuple[Path, di
         raise SystemExit(f"{model}, {threads} threads: the measuring process failed ({done.returncode}): {last[:300]}")
     record = {**{k: request[k] for k in ("model", "size", "threads", "keep_ratio", "repeats")}, "host": host,
               "date": time.strftime("%Y-%m-%d %H:%M"), "facts": facts, "results": json.loads(lines[0][7:])}  # fmt: skip
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{model}_{threads}.json").write_text(json.dumps(record))
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / f"{model}_{threads}.json").write_text(json.dumps(record))
     return record
 
 
@@ -132,7 +133,7 @@ def main() -> None:
                     text = f"{found[0]:.3f} of plain [{found[1]:.3f}, {found[2]:.3f}]" if found else "failed"
                     print(f"{model}, {threads} threads: {name}: {text}", flush=True)
     if not args.prepare:
-        write_tables(RESULTS, args.to)
+        write_tables(args.results, args.to)
         print(f"wrote {args.to}")
 
 
