@@ -115,10 +115,10 @@ class Site(nn.Module):
 
     def _squares(self, tokens: Tokens, grid: tuple[int, int] | None) -> Callable[[], Tensor] | None:
         """|z_n|^2 from the products that similarities along short rows take anyhow."""
-        if grid is None or tokens.prefix or tokens.metric is not tokens.z or self._kept_grid(grid)[1] == grid[1]:
+        if grid is None or tokens.prefix or tokens.metric is not tokens.z:
             return None
         cuts = tiles(grid[1], self.longest)
-        if not short(grid[1] // cuts):
+        if not short(grid[1] // cuts) or self._kept_grid(grid)[1] == grid[1]:
             return None
         return lambda: squared_lengths(fold_rows(tokens.z, grid, cuts)).reshape(tokens.size.shape)
 
