@@ -46,11 +46,13 @@ def images_of(batch: Any) -> torch.Tensor:
 
 def capture_graph(model: nn.Module, example: torch.Tensor) -> torch.fx.GraphModule:
     """The rewritten model as a graph module, its operators not yet decomposed."""
+    from edge_ibtm.quantize_silu import split_silu
     from edge_ibtm.rewrite import export_rewritten
     from edge_ibtm.rewrite_graph import pads_as_concatenations
 
     graph = export_rewritten(model, (example,)).module()
     pads_as_concatenations(graph)
+    split_silu(graph)
     return graph
 
 
@@ -81,14 +83,22 @@ def quantizable(node: Node) -> bool:
 
 
 def quantizer(*, dynamic: bool = False, qat: bool = False, keep: Callable[[Node], bool] = quantizable) -> Any:
-    """An XNNPACKQuantizer with per-channel weights that annotates the nodes `keep` accepts."""
+    """XNNPACK's quantizer, weights per channel, for the nodes `keep` accepts; SiLU after them in 8 bits unless dynamic."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
     )
+    from torchao.quantization.pt2e.quantizer.composable_quantizer import ComposableQuantizer
+
+    from edge_ibtm.quantize_silu import SiluQuantizer
 
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic, is_qat=qat)
-    return XNNPACKQuantizer().set_global(config).set_filter_function(keep)
+    layers = XNNPACKQuantizer().set_global(config).set_filter_function(keep)
+    return layers if dynamic else ComposableQuantizer([layers, SiluQuantizer(config.input_activation, partial(_weighs, keep))])
+
+
+def _weighs(keep: Callable[[Node], bool], node: Node) -> bool:
+    return node.op == "call_function" and keep(node)
 
 
 def _static(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
@@ -128,7 +138,7 @@ def _mixed(
     from edge_ibtm.quantize_sensitivity import Choice, affordable, sensitivity, sqnr_db
 
     graph = capture_graph(model, batches[0])
-    noise = sensitivity(graph, batches[0], _layer, module_path)
+    noise = sensitivity(graph, batches[0], partial(_weighs, quantizable), module_path)
     candidates = affordable(noise, most)
     pieces = [p for b in batches for p in b.split(len(batches[0])) if p.shape == batches[0].shape][:16]
     with torch.no_grad():
@@ -148,10 +158,6 @@ def _mixed(
 
 def _quantizable_but(names: set[str], node: Node) -> bool:
     return node.name not in names and quantizable(node)
-
-
-def _layer(node: Node) -> bool:
-    return node.op == "call_function" and quantizable(node)
 
 
 def _counts(limit: int) -> list[int]:

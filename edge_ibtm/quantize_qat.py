@@ -30,10 +30,7 @@ def quantize_qat(model: nn.Module, calibration: Iterable[Any], finetune: Finetun
     if len(images) < batch_size:
         raise UsageError(f"{len(images)} calibration images do not fill one batch of {batch_size}")
     training = _prepare(model, images[:batch_size])
-    with torch.no_grad():
-        for batch in images.split(batch_size):
-            if len(batch) == batch_size:
-                training(batch)
+    _calibrate(training, [batch for batch in images.split(batch_size) if len(batch) == batch_size])
     finetune(training)
     single = _prepare(model, images[:1])
     _copy_state(training, single)
@@ -51,6 +48,39 @@ def _prepare(model: nn.Module, example: torch.Tensor) -> Any:
     with torch.no_grad():
         prepared(example)
     return allow_exported_model_train_eval(prepared)
+
+
+def _calibrate(training: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Set the activations' ranges to what they span over all batches in float, and keep them; weights' go on moving.
+
+    Left to itself an observer keeps the first batch's, moved by a hundredth a call, and where a concatenation's inputs share
+    one, by turns towards either input's: the wider is cut off.
+    """
+    from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize, disable_fake_quant, enable_fake_quant
+
+    spans: dict[Any, list[torch.Tensor]] = {}
+
+    def widen(stage: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        low, high = inputs[0].detach().aminmax()
+        known = spans.setdefault(stage, [low, high])
+        spans[stage] = [torch.minimum(known[0], low), torch.maximum(known[1], high)]
+
+    stages = [m for m in training.modules() if isinstance(m, FusedMovingAvgObsFakeQuantize) and not m.is_per_channel]
+    hooks = [stage.register_forward_pre_hook(widen) for stage in stages]
+    training.apply(disable_fake_quant)
+    with torch.no_grad():
+        for batch in batches:
+            training(batch)
+    training.apply(enable_fake_quant)
+    for hook in hooks:
+        hook.remove()
+    for stage, (low, high) in spans.items():
+        stage.activation_post_process.min_val.copy_(low)
+        stage.activation_post_process.max_val.copy_(high)
+        scale, zero_point = stage.calculate_qparams()
+        stage.scale.copy_(scale)
+        stage.zero_point.copy_(zero_point)
+        stage.disable_observer()
 
 
 def _copy_state(source: nn.Module, target: nn.Module) -> None:

@@ -1,0 +1,91 @@
+"""SiLU in 8 bits: equal when split, quantized after quantized layers only, and the artifact computes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from edge_ibtm.backbones import BACKBONES
+from edge_ibtm.quantize import capture_graph, quantize
+from edge_ibtm.quantize_qat import quantize_qat
+from edge_ibtm.quantize_sensitivity import sqnr_db
+from edge_ibtm.targets import lower
+from edge_ibtm.verify import Limits, verify
+
+
+def gates(graph, quantized):
+    """Sigmoids whose output is (or is not) quantized."""
+    found = [n for n in graph.graph.nodes if n.target is torch.ops.aten.sigmoid.default]
+    return [n for n in found if any(".quantize_per_tensor" in f".{u.name}" for u in n.users) == quantized]
+
+
+@pytest.fixture(scope="module")
+def mobilevit():
+    torch.manual_seed(0)
+    model, size = BACKBONES["mobilevit"].twin()
+    return model, [torch.randn(1, 3, size, size) for _ in range(8)]
+
+
+def test_split_is_equal(mobilevit):
+    model, batches = mobilevit
+    graph = capture_graph(model, batches[0])
+    assert gates(graph, False) and not any("silu" in str(n.target) for n in graph.graph.nodes)
+    with torch.no_grad():
+        assert sqnr_db(model(batches[0]), graph(batches[0])) >= 100
+
+
+def test_every_silu_behind_a_quantized_layer_is_quantized(mobilevit, tmp_path):
+    model, batches = mobilevit
+    converted = quantize(model, batches)
+    activations = sum(isinstance(m, nn.SiLU) for m in model.modules())
+    assert len(gates(converted, True)) == activations and not gates(converted, False)
+    images = torch.cat(batches)
+    with torch.no_grad():
+        assert sqnr_db(model(images), torch.cat([converted(b) for b in batches])) >= 20
+    artifact = lower(converted, batches[0], tmp_path / "int8.pte")
+    assert artifact.subgraphs == 1
+    assert verify(converted, artifact, images, limits=Limits(sqnr_db=28)).ok
+
+
+def test_silu_costs_little_precision():
+    """The sigmoid's 256 steps add less noise than 8-bit input and output have anyhow."""
+
+    class Layer(nn.Module):
+        def __init__(self, activation):
+            super().__init__()
+            self.conv, self.activation = nn.Conv2d(8, 32, 3), activation
+
+        def forward(self, x):
+            return self.activation(self.conv(x))
+
+    torch.manual_seed(0)
+    plain, swish = Layer(nn.Identity()), Layer(nn.SiLU())
+    swish.conv.load_state_dict(plain.conv.state_dict())
+    x = 5 * torch.randn(1, 8, 24, 24)
+    with torch.no_grad():
+        linear, quantized = quantize(plain, [x])(x), quantize(swish, [x])(x)
+        assert sqnr_db(F.silu(plain(x)), quantized) >= sqnr_db(plain(x), linear) - 3
+
+
+def test_a_layer_left_in_float_keeps_its_silu(mobilevit):
+    model, batches = mobilevit
+    converted = quantize(model, batches, scheme="mixed", min_sqnr=90.0, most=0.2)
+    kept = converted.meta["quantization"].kept_in_float
+    float_gates = gates(converted, False)
+    assert float_gates and len(float_gates) <= len(kept)
+    assert not any("dequantize" in n.args[0].name for n in float_gates)
+
+
+def test_dynamic_leaves_silu_in_float(mobilevit):
+    model, batches = mobilevit
+    assert not gates(quantize(model, batches, scheme="int8_dynamic"), True)
+
+
+def test_qat_quantizes_silu(mobilevit):
+    model, batches = mobilevit
+    converted = quantize_qat(model, batches, lambda module: None, batch_size=2)
+    assert gates(converted, True) and not gates(converted, False)
+    with torch.no_grad():
+        assert sqnr_db(model(batches[0]), converted(batches[0])) >= 20
