@@ -111,7 +111,12 @@ def convert_static(graph: Any, batches: list[torch.Tensor], keep: Callable[[Node
 
 
 def _dynamic(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
-    return _convert(capture_graph(model, batches[0]), batches[:1], quantizer(dynamic=True))
+    return _convert(capture_graph(model, batches[0]), batches[:1], quantizer(dynamic=True, keep=_linear))
+
+
+def _linear(node: Node) -> bool:
+    """Whether a node may be quantized dynamically: a depthwise convolution so quantized does not run (executorch 1.5.1)."""
+    return quantizable(node) and node.target not in HEAVY - {torch.ops.aten.linear.default}
 
 
 def _convert(graph: Any, batches: list[torch.Tensor], chosen: Any) -> nn.Module:

@@ -28,11 +28,13 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
     from edge_ibtm.rewrite_linear_attention import ChannelFirstMLA, SlicedLinearAttention
     from edge_ibtm.rewrite_mobilevit import OnePermuteBlock
     from edge_ibtm.rewrite_norm import LinearNorm, PooledGroupNorm
+    from edge_ibtm.rewrite_patches import LinearPatches
 
     table: dict[type[nn.Module], Rewrite] = {
         nn.LayerNorm: LinearNorm.of,
         layers.LayerNorm: LinearNorm.of,
         layers.GroupNorm1: PooledGroupNorm.of,
+        layers.PatchEmbed: LinearPatches.of,
         layers.Attention: SplitAttention.of,
         WindowAttention: SplitWindowAttention.of,
         LiteMLA: ChannelFirstMLA.of,

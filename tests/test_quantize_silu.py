@@ -78,9 +78,14 @@ def test_a_layer_left_in_float_keeps_its_silu(mobilevit):
     assert not any("dequantize" in n.args[0].name for n in float_gates)
 
 
-def test_dynamic_leaves_silu_in_float(mobilevit):
+def test_dynamic_leaves_silu_and_convolutions_in_float(mobilevit, tmp_path):
     model, batches = mobilevit
-    assert not gates(quantize(model, batches, scheme="int8_dynamic"), True)
+    converted = quantize(model, batches, scheme="int8_dynamic")
+    assert not gates(converted, True)
+    for node in converted.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
+        assert node.args[1].op == "get_attr"
+    artifact = lower(converted, batches[0], tmp_path / "dynamic.pte")
+    assert verify(converted, artifact, torch.cat(batches), limits=Limits(sqnr_db=28)).ok
 
 
 def test_qat_quantizes_silu(mobilevit):

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
@@ -18,6 +18,7 @@ from edge_ibtm.rewrite import export_rewritten, prepare_for_export
 from edge_ibtm.rewrite_attention import SplitAttention, SplitWindowAttention
 from edge_ibtm.rewrite_norm import LinearNorm, PooledGroupNorm
 from edge_ibtm.rewrite_ops import DelegateOps
+from edge_ibtm.rewrite_patches import LinearPatches
 
 MODELS = [
     ("mobilevit_xxs", {}, 64),
@@ -143,6 +144,25 @@ def test_window_attention(masked):
     mask = (torch.randn(3, 16, 16) > 0).float() * -100 if masked else None
     with torch.no_grad():
         torch.testing.assert_close(SplitWindowAttention.of(attn)(x, mask=mask), attn(x, mask=mask), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"norm_layer": nn.LayerNorm}, {"output_fmt": "NHWC"}, {"patch_size": (2, 8)}])
+def test_patches(options, batch):
+    embed = shaken(PatchEmbed(**{"img_size": (16, 24), "patch_size": 4, "embed_dim": 12, **options}))
+    twin, images = LinearPatches.of(embed), torch.randn(batch, 3, 16, 24)
+    assert type(twin) is LinearPatches
+    torch.testing.assert_close(twin(images), embed(images), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"\(16, 32\).*\(16, 24\)"):
+        twin(torch.randn(1, 3, 16, 32))
+
+
+def test_patches_that_overlap_or_are_padded_stay_convolutions():
+    assert type(LinearPatches.of(PatchEmbed(dynamic_img_pad=True))) is PatchEmbed
+    assert type(LinearPatches.of(PatchEmbed(output_fmt="NCHW"))) is PatchEmbed
+    overlapping = PatchEmbed(img_size=16, patch_size=4)
+    overlapping.proj = nn.Conv2d(3, 768, 7, stride=4, padding=3)
+    assert LinearPatches.of(overlapping) is overlapping
 
 
 def test_norms():
