@@ -46,7 +46,7 @@ def images_of(batch: Any) -> torch.Tensor:
 
 def capture_graph(model: nn.Module, example: torch.Tensor) -> torch.fx.GraphModule:
     """The rewritten model as a graph module, its operators not yet decomposed."""
-    from edge_ibtm.quantize_silu import split_silu
+    from edge_ibtm.quantize_between import split_silu
     from edge_ibtm.rewrite import export_rewritten
     from edge_ibtm.rewrite_graph import pads_as_concatenations
 
@@ -83,18 +83,16 @@ def quantizable(node: Node) -> bool:
 
 
 def quantizer(*, dynamic: bool = False, qat: bool = False, keep: Callable[[Node], bool] = quantizable) -> Any:
-    """XNNPACK's quantizer, weights per channel, for the nodes `keep` accepts; SiLU after them in 8 bits unless dynamic."""
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
+    """XNNPACK's quantizer, weights per channel, for the nodes `keep` accepts, and unless dynamic for what is between them."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
     from torchao.quantization.pt2e.quantizer.composable_quantizer import ComposableQuantizer
 
-    from edge_ibtm.quantize_silu import SiluQuantizer
+    from edge_ibtm.quantize_between import BetweenQuantizer, LayerQuantizer
 
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic, is_qat=qat)
-    layers = XNNPACKQuantizer().set_global(config).set_filter_function(keep)
-    return layers if dynamic else ComposableQuantizer([layers, SiluQuantizer(config.input_activation, partial(_weighs, keep))])
+    layers = LayerQuantizer().set_global(config).set_filter_function(keep)
+    between = BetweenQuantizer(config.input_activation, partial(_weighs, keep))
+    return layers if dynamic else ComposableQuantizer([layers, between])
 
 
 def _weighs(keep: Callable[[Node], bool], node: Node) -> bool:

@@ -1,12 +1,14 @@
-"""SiLU in 8 bits: equal when split, quantized after quantized layers only, and the artifact computes it."""
+"""Between 8-bit layers: SiLU and concatenations are quantized where layers are, and the artifact computes them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.mobilevit import MobileVitBlock
 from torch import nn
 
+from edge_ibtm import insert_mergers
 from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.quantize import capture_graph, quantize
 from edge_ibtm.quantize_qat import quantize_qat
@@ -86,6 +88,25 @@ def test_dynamic_leaves_silu_and_convolutions_in_float(mobilevit, tmp_path):
         assert node.args[1].op == "get_attr"
     artifact = lower(converted, batches[0], tmp_path / "dynamic.pte")
     assert verify(converted, artifact, torch.cat(batches), limits=Limits(sqnr_db=28)).ok
+
+
+def concatenations(graph):
+    """Of all concatenations, how many take 8-bit values and how many do not."""
+    found = [n for n in graph.graph.nodes if n.target is torch.ops.aten.cat.default]
+    taken = sum(any("dequantize" in i.name for i in n.all_input_nodes) for n in found)
+    return taken, len(found) - taken
+
+
+def test_concatenations_of_quantized_layers_only(mobilevit):
+    model, batches = mobilevit
+    assert concatenations(quantize(model, batches)) == (sum(isinstance(m, MobileVitBlock) for m in model.modules()), 0)
+    torch.manual_seed(0)
+    for family in ("swin", "mobilevit"):
+        model, size = BACKBONES[family].twin()
+        before = concatenations(quantize(model, [torch.randn(1, 3, size, size)]))
+        insert_mergers(model, merger="ibtm", keep_ratio=0.7)
+        after = concatenations(quantize(model, [torch.randn(1, 3, size, size)]))
+        assert after[0] == before[0] and after[1] >= before[1], "rolls and merge sites stay in float"
 
 
 def test_qat_quantizes_silu(mobilevit):

@@ -1,0 +1,94 @@
+"""What lies between 8-bit layers and stays in 8 bits: SiLU, and concatenations of what such layers give.
+
+Left in float, every SiLU of a CNN costs two conversions, a sigmoid and a product of 32-bit values. XNNPACK makes one table of
+an 8-bit value's dequantization, sigmoid and quantization, and multiplies int8 with int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer_utils import propagate_annotation
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import (
+    FixedQParamsQuantizationSpec,
+    QuantizationAnnotation,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+aten = torch.ops.aten
+_SILU = {aten.silu.default, aten.silu_.default}
+
+
+def split_silu(module: GraphModule) -> None:
+    """Write every SiLU as its sigmoid and a product; in place."""
+    graph = module.graph
+    for node in [n for n in graph.nodes if n.target in _SILU]:
+        x = node.args[0]
+        with graph.inserting_before(node):
+            gate = graph.call_function(aten.sigmoid.default, (x,))
+            product = graph.call_function(aten.mul.Tensor, (x, gate))
+        gate.meta, product.meta = dict(node.meta), dict(node.meta)
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+    module.recompile()
+
+
+class LayerQuantizer(XNNPACKQuantizer):  # type: ignore[misc]
+    """XNNPACK's quantizer but for concatenations: it would quantize all of them, whatever its filter says.
+
+    Merge sites are full of them, and a roll's pieces, rounded with other steps than the whole, are not delegated.
+    """
+
+    SUPPORTED_PATTERNS: ClassVar = [p for p in XNNPACKQuantizer.SUPPORTED_PATTERNS if p.name != "cat"]
+
+
+class BetweenQuantizer(Quantizer):  # type: ignore[misc]
+    """Annotates x * sigmoid(x) where `keep` accepts x, and concatenations of annotated values; runs after LayerQuantizer.
+
+    activation: the spec of inputs and outputs. The sigmoid has steps of 1/256 from 0 on, the finest that cover its range.
+    """
+
+    def __init__(self, activation: Any, keep: Callable[[Node], bool]) -> None:
+        super().__init__()
+        self.activation, self.keep = activation, keep
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        for node in model.graph.nodes:
+            if node.target is aten.mul.Tensor:
+                self._silu(node)
+            elif node.target is aten.cat.default and all(_quantized(n) for n in node.args[0]):
+                self._concatenation(node)
+        propagate_annotation(model)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Every annotation here is one that XNNPACK takes."""
+
+    def _silu(self, product: Node) -> None:
+        x, gate = product.args
+        if not isinstance(x, Node) or not isinstance(gate, Node) or not self.keep(x):
+            return
+        if gate.target is aten.sigmoid.default and gate.args[0] is x:
+            steps = FixedQParamsQuantizationSpec(
+                dtype=torch.int8, scale=1 / 256, zero_point=-128, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_affine
+            )
+            gate.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation({x: self.activation}, steps, _annotated=True)
+            both = {x: self.activation, gate: steps}
+            product.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(both, self.activation, _annotated=True)
+
+    def _concatenation(self, cat: Node) -> None:
+        first, *others = cat.all_input_nodes
+        shared = SharedQuantizationSpec((first, cat))
+        inputs = {first: self.activation, **dict.fromkeys(others, shared)}
+        cat.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(inputs, shared, _annotated=True)
+
+
+def _quantized(node: Node) -> bool:
+    annotation = node.meta.get(Q_ANNOTATION_KEY)
+    return annotation is not None and annotation.output_qspec is not None
