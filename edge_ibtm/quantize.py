@@ -114,7 +114,7 @@ def _dynamic(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
 
 def _linear(node: Node) -> bool:
     """Whether a node may be quantized dynamically: a depthwise convolution so quantized does not run (executorch 1.5.1)."""
-    return quantizable(node) and node.target not in HEAVY - {torch.ops.aten.linear.default}
+    return quantizable(node) and (node.op == "get_attr" or node.target is torch.ops.aten.linear.default)
 
 
 def _convert(graph: Any, batches: list[torch.Tensor], chosen: Any) -> nn.Module:
