@@ -46,9 +46,8 @@ def images_of(batch: Any) -> torch.Tensor:
 
 def capture_graph(model: nn.Module, example: torch.Tensor) -> torch.fx.GraphModule:
     """The rewritten model as a graph module, its operators not yet decomposed."""
-    from edge_ibtm.quantize_between import split_silu
     from edge_ibtm.rewrite import export_rewritten
-    from edge_ibtm.rewrite_graph import pads_as_concatenations
+    from edge_ibtm.rewrite_graph import pads_as_concatenations, split_silu
 
     graph = export_rewritten(model, (example,)).module()
     pads_as_concatenations(graph)
@@ -91,12 +90,7 @@ def quantizer(*, dynamic: bool = False, qat: bool = False, keep: Callable[[Node]
 
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic, is_qat=qat)
     layers = LayerQuantizer().set_global(config).set_filter_function(keep)
-    between = BetweenQuantizer(config.input_activation, partial(_weighs, keep))
-    return layers if dynamic else ComposableQuantizer([layers, between])
-
-
-def _weighs(keep: Callable[[Node], bool], node: Node) -> bool:
-    return node.op == "call_function" and keep(node)
+    return layers if dynamic else ComposableQuantizer([layers, BetweenQuantizer(config.input_activation)])
 
 
 def _static(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
@@ -141,7 +135,7 @@ def _mixed(
     from edge_ibtm.quantize_sensitivity import Choice, affordable, sensitivity, sqnr_db
 
     graph = capture_graph(model, batches[0])
-    noise = sensitivity(graph, batches[0], partial(_weighs, quantizable), module_path)
+    noise = sensitivity(graph, batches[0], quantizable, module_path)
     candidates = affordable(noise, most)
     pieces = [p for b in batches for p in b.split(len(batches[0])) if p.shape == batches[0].shape][:16]
     with torch.no_grad():

@@ -6,7 +6,6 @@ an 8-bit value's dequantization, sigmoid and quantization, and multiplies int8 w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -22,21 +21,9 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 aten = torch.ops.aten
-_SILU = {aten.silu.default, aten.silu_.default}
-
-
-def split_silu(module: GraphModule) -> None:
-    """Write every SiLU as its sigmoid and a product; in place."""
-    graph = module.graph
-    for node in [n for n in graph.nodes if n.target in _SILU]:
-        x = node.args[0]
-        with graph.inserting_before(node):
-            gate = graph.call_function(aten.sigmoid.default, (x,))
-            product = graph.call_function(aten.mul.Tensor, (x, gate))
-        gate.meta, product.meta = dict(node.meta), dict(node.meta)
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
-    module.recompile()
+_SIGMOID = FixedQParamsQuantizationSpec(  # steps of 1/256 from 0 on, the finest that cover its range
+    dtype=torch.int8, scale=1 / 256, zero_point=-128, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_affine
+)
 
 
 class LayerQuantizer(XNNPACKQuantizer):  # type: ignore[misc]
@@ -49,14 +36,14 @@ class LayerQuantizer(XNNPACKQuantizer):  # type: ignore[misc]
 
 
 class BetweenQuantizer(Quantizer):  # type: ignore[misc]
-    """Annotates x * sigmoid(x) where `keep` accepts x, and concatenations of annotated values; runs after LayerQuantizer.
+    """Annotates x * sigmoid(x), and concatenations, of values that are annotated; runs after LayerQuantizer.
 
-    activation: the spec of inputs and outputs. The sigmoid has steps of 1/256 from 0 on, the finest that cover its range.
+    activation: the spec of inputs and outputs.
     """
 
-    def __init__(self, activation: Any, keep: Callable[[Node], bool]) -> None:
+    def __init__(self, activation: Any) -> None:
         super().__init__()
-        self.activation, self.keep = activation, keep
+        self.activation = activation
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
@@ -72,14 +59,11 @@ class BetweenQuantizer(Quantizer):  # type: ignore[misc]
 
     def _silu(self, product: Node) -> None:
         x, gate = product.args
-        if not isinstance(x, Node) or not isinstance(gate, Node) or not self.keep(x):
+        if not isinstance(x, Node) or not isinstance(gate, Node) or not _quantized(x):
             return
         if gate.target is aten.sigmoid.default and gate.args[0] is x:
-            steps = FixedQParamsQuantizationSpec(
-                dtype=torch.int8, scale=1 / 256, zero_point=-128, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_affine
-            )
-            gate.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation({x: self.activation}, steps, _annotated=True)
-            both = {x: self.activation, gate: steps}
+            gate.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation({x: self.activation}, _SIGMOID, _annotated=True)
+            both = {x: self.activation, gate: _SIGMOID}
             product.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(both, self.activation, _annotated=True)
 
     def _concatenation(self, cat: Node) -> None:

@@ -13,6 +13,7 @@ _NOTHING = {
     aten._to_copy.default, aten.contiguous.default, aten.expand.default, aten.dropout.default, aten.clone.default,
     aten.pad.default, aten.constant_pad_nd.default,
 }  # fmt: skip
+_SILU = {aten.silu.default, aten.silu_.default}
 _RESHAPES = {aten.view.default, aten.reshape.default}
 
 
@@ -120,6 +121,20 @@ def pads_as_concatenations(module: GraphModule) -> None:
                 shape[axis] += sum(amounts)
         value.meta = dict(node.meta)
         node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    module.recompile()
+
+
+def split_silu(module: GraphModule) -> None:
+    """Write every SiLU as its sigmoid and a product; in place."""
+    graph = module.graph
+    for node in [n for n in graph.nodes if n.target in _SILU]:
+        x = node.args[0]
+        with graph.inserting_before(node):
+            gate = graph.call_function(aten.sigmoid.default, (x,))
+            product = graph.call_function(aten.mul.Tensor, (x, gate))
+        gate.meta, product.meta = dict(node.meta), dict(node.meta)
+        node.replace_all_uses_with(product)
         graph.erase_node(node)
     module.recompile()
 

@@ -18,16 +18,17 @@ class LinearPatches(nn.Module):
     def __init__(self, embed: Any) -> None:
         super().__init__()
         self.patch_size, self.img_size, self.grid_size = embed.patch_size, embed.img_size, embed.grid_size
-        self.strict, self.as_map = embed.strict_img_size and embed.img_size is not None, not embed.flatten
+        self.strict, self.as_map = embed.strict_img_size, not embed.flatten
         self.norm = embed.norm
         self.weight = nn.Parameter(embed.proj.weight.detach().flatten(1))
         self.bias = embed.proj.bias
 
     @classmethod
     def of(cls, embed: Any) -> nn.Module:
-        """The equal of a PatchEmbed without padding; others are returned as they are."""
+        """The equal of a PatchEmbed whose patches fill the image; others are returned as they are."""
         proj, size = embed.proj, tuple(embed.patch_size)
-        cuts = type(proj) is nn.Conv2d and proj.kernel_size == proj.stride == size and not embed.dynamic_img_pad
+        fills = embed.img_size is not None and not embed.dynamic_img_pad
+        cuts = fills and type(proj) is nn.Conv2d and proj.kernel_size == proj.stride == size
         plain = cuts and (*proj.padding, *proj.dilation, proj.groups) == (0, 0, 1, 1, 1)
         last = embed.flatten or str(getattr(embed.output_fmt, "value", embed.output_fmt)) == "NHWC"
         return cls(embed) if plain and last else embed

@@ -160,6 +160,7 @@ def test_patches(options, batch):
 def test_patches_that_overlap_or_are_padded_stay_convolutions():
     assert type(LinearPatches.of(PatchEmbed(dynamic_img_pad=True))) is PatchEmbed
     assert type(LinearPatches.of(PatchEmbed(output_fmt="NCHW"))) is PatchEmbed
+    assert type(LinearPatches.of(PatchEmbed(img_size=None))) is PatchEmbed, "a convolution leaves out what no patch fills"
     overlapping = PatchEmbed(img_size=16, patch_size=4)
     overlapping.proj = nn.Conv2d(3, 768, 7, stride=4, padding=3)
     assert LinearPatches.of(overlapping) is overlapping
