@@ -62,7 +62,7 @@ def prepare(args: argparse.Namespace, model: str) -> tuple[Path, dict[str, Any]]
     folder = HERE.parent / "runs" / "latency" / f"{model}_{size}_r{args.keep_ratio:g}"
     folder.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {}
-    for variant in variants(args.mergers, args.densities, args.engines, not args.no_int8):
+    for variant in variants(model, args.mergers, args.densities, args.engines, not args.no_int8):
         request = json.dumps([model, size, asdict(variant), args.keep_ratio, str(folder)])
         command = [sys.executable, str(HERE / "latency.py"), "--one", request]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -84,7 +84,7 @@ def make_one(request: str) -> None:
 def run(args: argparse.Namespace, model: str, threads: int, made: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
     """Time all variants of a model in one child process; the record is written to `--results`."""
     folder, facts = made
-    chosen = [v for v in variants(args.mergers, args.densities, args.engines, not args.no_int8) if v.name in facts]
+    chosen = [v for v in variants(model, args.mergers, args.densities, args.engines, not args.no_int8) if v.name in facts]
     request = {
         "model": model, "size": args.size or SIZES.get(model, 224), "threads": threads, "folder": str(folder),
         "keep_ratio": args.keep_ratio, "repeats": args.repeats, "warmup": args.warmup,

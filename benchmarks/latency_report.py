@@ -8,7 +8,7 @@ from typing import Any
 
 from edge_ibtm.probe.statistics import median_interval, paired_ratio_interval, percentile
 
-COMPARED = ("plain export", "onnxruntime", "ours")
+COMPARED = ("plain export", "onnxruntime", "ours", "ours for AVX2")
 
 
 def summarise(samples: list[float]) -> dict[str, float]:
@@ -28,25 +28,27 @@ def ratio(results: dict[str, Any], name: str, base: str) -> tuple[float, float, 
 def table(record: dict[str, Any]) -> list[str]:
     """Markdown of one model at one number of threads."""
     results, facts = record["results"], record["facts"]
+    bases = [base for base in COMPARED if base in results]
     head = f"### {record['model']} @ {record['size']}, {record['threads']} thread{'s' * (record['threads'] > 1)}"
-    host = record["host"]
+    host, over = record["host"], " | ".join("/ " + base.removesuffix(" export") for base in bases)
     lines = [
         head, "",
         f"{host['cpu']}, {record['repeats']} rounds, load {host['load']} at the start, {record['date']}; ms, batch 1; "
         f"ratios of medians in this run.", "",
-        "| variant | p50 | 95 % of p50 | p90 | / plain | / onnxruntime | / ours | MACs / base | MB | subgraphs | load ms |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| variant | p50 | 95 % of p50 | p90 | {over} | MACs / base | MB | subgraphs | load ms |",
+        "|---|" + "--:|" * (7 + len(bases)),
     ]  # fmt: skip
     for name, result in results.items():
-        lines.append(_row(name, result, results, facts))
+        lines.append(_row(name, result, record, bases))
     return [*lines, "", *breakdown(results, facts), ""]
 
 
-def _row(name: str, result: dict[str, Any], results: dict[str, Any], facts: dict[str, Any]) -> str:
+def _row(name: str, result: dict[str, Any], record: dict[str, Any], bases: list[str]) -> str:
     if "error" in result:
-        return f"| {name} | failed: {result['error']} |" + " |" * 9
+        return f"| {name} | failed: {result['error']} |" + " |" * (6 + len(bases))
+    facts = record["facts"]
     s, fact = summarise(result["samples"]), facts.get(name, {})
-    ratios = [ratio(results, name, base) for base in COMPARED]
+    ratios = [ratio(record["results"], name, base) for base in bases]
     cells = [f"{r[0]:.3f}" if r else "" for r in ratios]
     macs = fact.get("macs", 0) / facts["ours"]["macs"] if "ours" in facts else 0
     size = f"{fact['bytes'] / 1e6:.1f}" if fact.get("bytes") else ""
