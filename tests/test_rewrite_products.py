@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import edge_ibtm
+from edge_ibtm.config import parse_recipe
 from edge_ibtm.rewrite_products import MIN_CHANNELS, ProductConv, convolutions_as_products
+from edge_ibtm.stages_artifact import products
 
 side = st.integers(1, 5)
 pad = st.integers(0, 3)
@@ -60,6 +62,13 @@ def test_the_target_for_avx2_computes_the_same_in_one_subgraph(merged, tmp_path)
     assert (artifact.target, artifact.subgraphs) == ("xnnpack_avx2", 1)
     assert edge_ibtm.verify(merged, artifact, x).sqnr_db > 100
     assert all(torch.equal(before[name], value) for name, value in merged.state_dict().items())
+
+
+def test_a_run_for_avx2_has_int8_too():
+    asked = parse_recipe({"lower": {"targets": ["xnnpack_avx2"]}})
+    assert [p.file for p in products(asked, {"xnnpack_avx2": ".pte"})] == [
+        "base.xnnpack_avx2.fp32.pte", "merged.xnnpack_avx2.fp32.pte", "merged.xnnpack_avx2.int8.pte",
+    ]  # fmt: skip
 
 
 def test_a_quantized_graph_is_lowered_as_for_phones(merged, tmp_path):
