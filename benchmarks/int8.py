@@ -140,8 +140,8 @@ def report() -> str:
             )
             if s["choice"]:
                 notes.append(f"- {r['model']}, {r['merger']}: {s['choice']}")
-    hosts = sorted({f"{r['model']} on {r['host']}, {r['date']}, {r['images']} test images" for r in records})
-    return "\n".join([*lines, "", *notes, "", "Measured: " + "; ".join(hosts) + ".", ""])
+    hosts = sorted({f"{r['host']}, {r['date']}, {r['images']} test images" for r in records})
+    return "\n".join([*lines, "", *notes, "", "Host: " + "; ".join(hosts) + ".", ""])
 
 
 def main() -> None:
