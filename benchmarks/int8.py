@@ -140,6 +140,7 @@ def report() -> str:
             )
             if s["choice"]:
                 notes.append(f"- {r['model']}, {r['merger']}: {s['choice']}")
+    notes += sorted({f"- {r['model']}: measured on {r['host']}, {r['date']}" for r in records})
     hosts = sorted({f"{r['host']}, {r['date']}, {r['images']} test images" for r in records})
     return "\n".join([*lines, "", *notes, "", "Host: " + "; ".join(hosts) + ".", ""])
 

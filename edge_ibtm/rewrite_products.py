@@ -12,7 +12,7 @@ from torch import nn
 
 from edge_ibtm.rewrite import prepare_for_export, rewrite_modules
 
-MIN_CHANNELS = 32  # with 24 or fewer the copies cost what the products save (Zen 3)
+MIN_CHANNELS = 32  # from 24 to 24 channels the copies cost what the products save (Zen 3)
 
 
 def convolutions_as_products(model: nn.Module) -> nn.Module:
