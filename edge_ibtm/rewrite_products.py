@@ -1,7 +1,8 @@
 """Convolutions as matrix products, for x86 with AVX2 and no AVX-512.
 
 There ExecuTorch's wheel (1.5.1) keeps one accumulator of XNNPACK's float convolution on the stack: 16 GMAC/s on one
-core of a Zen 3 where the matrix product makes 40. Other CPUs run other kernels: there the copies made here only cost.
+core of a Zen 3 where the matrix product makes 40. Other CPUs run other kernels, or compute 256 bits in two halves (Zen 1):
+there the copies made here only cost.
 """
 
 from __future__ import annotations

@@ -84,9 +84,9 @@ def runner_of(path: Path, sample: torch.Tensor, isolated: bool = False) -> Any:
     isolated: run a `.pte` in a child process, where native code may abort.
     """
     if path.suffix == ".pte":
-        from edge_ibtm.targets.runtime import run_batches, run_isolated
+        from edge_ibtm.targets.runtime import batch_runner, run_isolated
 
-        return partial(run_isolated if isolated else run_batches, path)
+        return partial(run_isolated, path) if isolated else batch_runner(path)
     if path.suffix == ".pt2":
         module = torch.export.load(path).module()
         size = sample.shape[0]

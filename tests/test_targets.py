@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import weakref
 
 import pytest
 import torch
@@ -18,8 +20,8 @@ from edge_ibtm.errors import EdgeIBTMError, GateError, UsageError
 from edge_ibtm.targets import TARGETS, lower
 from edge_ibtm.targets.common import replacing
 from edge_ibtm.targets.lean import lean
-from edge_ibtm.targets.runtime import missing_kernels, operators_of, run_isolated, run_pte
-from edge_ibtm.verify import Limits, compare_outputs, verify
+from edge_ibtm.targets.runtime import load_pte, missing_kernels, operators_of, run_isolated, run_pte
+from edge_ibtm.verify import Limits, compare_outputs, runner_of, verify
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,27 @@ def test_bad_files_and_inputs(lowered, tmp_path):
         lower(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / "x.pte", target="xnpack")
     with pytest.raises(UsageError, match=r"\.pte, \.pt2 or \.mlpackage"):
         verify(nn.Identity(), tmp_path / "x.onnx", x)
+
+
+def test_weights_of_a_program_go_with_its_last_reference(lowered):
+    gc.disable()
+    try:
+        loaded = load_pte(lowered.path)
+        program = weakref.ref(loaded.program)
+        del loaded
+        assert program() is None
+    finally:
+        gc.enable()
+
+
+def test_many_images_one_by_one_load_a_program_once(lowered, monkeypatch):
+    loads = []
+    monkeypatch.setattr("edge_ibtm.targets.runtime.load_pte", lambda path: loads.append(path) or load_pte(path))
+    run = runner_of(lowered.path, torch.randn(1, 3, 32, 32))
+    images = torch.randn(4, 3, 32, 32)
+    together = run(images)
+    assert torch.equal(torch.cat([run(image[None]) for image in images]), together)
+    assert loads == [lowered.path]
 
 
 def test_a_damaged_program_does_not_take_the_interpreter_along(lowered, tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,26 @@ def run_pte(path: str | Path, inputs: Any, threads: int | None = None) -> list[t
         raise EdgeIBTMError(f"{path} failed to run: {first_line(error)}") from error
 
 
-def load_pte(path: str | Path, threads: int | None = None) -> Any:
+@dataclass(frozen=True)
+class Loaded:
+    """The `forward` method of a program, which has to outlive it (executorch 1.5.1 runs freed memory otherwise).
+
+    Weights are freed with the last reference: a method that held its program, which holds its methods, would keep them
+    until Python's collector runs, and that does not see how large they are.
+    """
+
+    program: Any
+
+    @property
+    def metadata(self) -> Any:
+        return self.program.metadata("forward")
+
+    def execute(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
+        """Outputs, in memory that the next run writes again."""
+        return self.program.load_method("forward").execute(inputs)  # type: ignore[no-any-return]
+
+
+def load_pte(path: str | Path, threads: int | None = None) -> Loaded:
     """The loaded `forward` method of a `.pte`, after its header and backends were checked."""
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
@@ -42,11 +62,10 @@ def load_pte(path: str | Path, threads: int | None = None) -> Any:
         program = Runtime.get().load_program(file.read_bytes())
         if "forward" not in program.method_names:
             raise UsageError(f"{file} has no method 'forward', only {sorted(program.method_names)}")
-        method = program.load_method("forward")
+        program.load_method("forward")
     except RuntimeError as error:
         raise UsageError(f"{file} cannot be loaded: {_load_hint(file, error)}") from error
-    method.program = program
-    return method
+    return Loaded(program)
 
 
 def check_pte(path: str | Path) -> Path:
@@ -132,23 +151,27 @@ def run_isolated(path: Path, images: torch.Tensor, timeout: float = 600.0) -> to
         raise EdgeIBTMError(last)
 
 
-def run_batches(path: Path, images: torch.Tensor) -> torch.Tensor:
-    """First output of a `.pte` for images [B, ...], run in pieces of the lowered batch."""
+def batch_runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function images [B, ...] -> first output of a `.pte`, run in pieces of the lowered batch; the file is loaded once."""
     method = load_pte(path)
     size = method.metadata.input_tensor_meta(0).sizes()[0]
-    pieces = [piece.contiguous() for piece in images.split(size)]
-    for piece in (pieces[0], pieces[-1]):
-        check_inputs(method, (piece,))
-    try:
-        return torch.cat([method.execute((piece,))[0].clone() for piece in pieces])
-    except RuntimeError as error:
-        raise EdgeIBTMError(f"{path} failed to run: {first_line(error)}") from error
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        pieces = [piece.contiguous() for piece in images.split(size)]
+        for piece in (pieces[0], pieces[-1]):
+            check_inputs(method, (piece,))
+        try:
+            return torch.cat([method.execute((piece,))[0].clone() for piece in pieces])
+        except RuntimeError as error:
+            raise EdgeIBTMError(f"{path} failed to run: {first_line(error)}") from error
+
+    return run
 
 
 def _child(arguments: list[str]) -> int:
     path, given, answer = arguments
     try:
-        torch.save(run_batches(Path(path), torch.load(given, weights_only=True)), answer)
+        torch.save(batch_runner(Path(path))(torch.load(given, weights_only=True)), answer)
     except EdgeIBTMError as error:
         print(error, file=sys.stderr)
         return error.exit_code
