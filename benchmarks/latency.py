@@ -5,6 +5,10 @@
     python benchmarks/latency.py --prepare                                  # only make the artifacts
     python benchmarks/latency.py --table                                    # only write docs/LATENCY.md from the JSON
 
+The engines compared are not dependencies: pip install onnx onnxruntime openvino ai-edge-litert. LiteRT's converter wants an
+older pydantic than edge_ibtm, so it gets an environment of its own: pip install litert-torch timm there, its Python as
+`--litert-python`. An engine that is not installed is left out, with a line that says so.
+
 Artifacts are kept under runs/latency and made once; results go to benchmarks/results/latency, one file a model and number
 of threads. Run it on an idle machine.
 """
@@ -46,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=int, help="pixels; default 256 for MobileViT, else 224")
     p.add_argument("--mergers", type=names, default=names("ibtm,tome,tofu,ltmp,uniform"))
     p.add_argument("--densities", type=names, default=names("block,stage,once"))
-    p.add_argument("--engines", type=names, default=names("torch,compile,onnxruntime,openvino"))
+    p.add_argument("--engines", type=names, default=names("torch,compile,onnxruntime,openvino,litert"))
+    p.add_argument("--litert-python", default=sys.executable, help="Python with litert-torch and timm, to convert with")
     p.add_argument("--no-int8", action="store_true")
     p.add_argument("--prepare", action="store_true", help="make the artifacts and stop")
     p.add_argument("--table", action="store_true", help="write the tables and stop")
@@ -64,7 +69,8 @@ def prepare(args: argparse.Namespace, model: str) -> tuple[Path, dict[str, Any]]
     facts: dict[str, Any] = {}
     for variant in variants(model, args.mergers, args.densities, args.engines, not args.no_int8):
         request = json.dumps([model, size, asdict(variant), args.keep_ratio, str(folder)])
-        command = [sys.executable, str(HERE / "latency.py"), "--one", request]
+        python = args.litert_python if variant.engine == "litert" else sys.executable
+        command = [python, str(HERE / "latency.py"), "--one", request]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["?"])[-1]
@@ -111,7 +117,7 @@ def run(args: argparse.Namespace, model: str, threads: int, made: tuple[Path, di
 def _host() -> dict[str, Any]:
     from edge_ibtm.probe import facts
 
-    packages = ("torch", "timm", "executorch", "onnxruntime", "openvino")
+    packages = ("torch", "timm", "executorch", "onnxruntime", "openvino", "ai-edge-litert")
     return {
         "cpu": facts.cpu_model(), "cores": facts.usable_cores(), "load": facts.load_average(),
         "versions": {p: facts.version_of(p) for p in packages},

@@ -65,8 +65,18 @@ def _openvino(request: dict[str, Any], variant: Variant, image: Any) -> Run:
     return lambda: asked.infer([given])
 
 
+def _litert(request: dict[str, Any], variant: Variant, image: Any) -> Run:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(Path(request["folder"]) / variant.file), num_threads=request["threads"])
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image.numpy())
+    return interpreter.invoke  # type: ignore[no-any-return]
+
+
 ENGINES = {
     "torch": _torch, "compile": _torch, "executorch": _executorch, "onnxruntime": _onnxruntime, "openvino": _openvino,
+    "litert": _litert,
 }  # fmt: skip
 
 

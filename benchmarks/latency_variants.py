@@ -15,7 +15,7 @@ SHORT = {"vit_small": "vit_small_patch16_224", "swin_tiny": "swin_tiny_patch4_wi
 
 @dataclass(frozen=True)
 class Variant:
-    """One contestant: how it is built and which engine runs it (torch, compile, executorch, onnxruntime, openvino)."""
+    """One contestant: how it is built and which engine runs it (torch, compile, executorch, onnxruntime, openvino, litert)."""
 
     name: str
     engine: str
@@ -27,7 +27,8 @@ class Variant:
 
     @property
     def suffix(self) -> str:
-        return {"executorch": ".pte", "onnxruntime": ".onnx", "openvino": ".onnx"}.get(self.engine, "")
+        suffixes = {"executorch": ".pte", "onnxruntime": ".onnx", "openvino": ".onnx", "litert": ".tflite"}
+        return suffixes.get(self.engine, "")
 
     @property
     def file(self) -> str:
@@ -43,7 +44,7 @@ def variants(
     The target for AVX2 differs from XNNPACK's in dense convolutions, of which only MobileViT has more than the stem's.
     """
     found = [Variant("timm eager", "torch"), Variant("torch.compile", "compile")]
-    found += [Variant("onnxruntime", "onnxruntime"), Variant("OpenVINO", "openvino")]
+    found += [Variant("onnxruntime", "onnxruntime"), Variant("OpenVINO", "openvino"), Variant("LiteRT", "litert")]
     found = [v for v in found if v.engine in engines]
     found += [Variant("plain export", "executorch", plain=True), Variant("ours", "executorch")]
     found += [Variant(f"{m}", "executorch", merger=m) for m in mergers]
@@ -153,10 +154,19 @@ def _onnx(model: Any, size: int, variant: Variant, path: Path) -> dict[str, Any]
     return {"bytes": path.stat().st_size}
 
 
+def _tflite(model: Any, size: int, variant: Variant, path: Path) -> dict[str, Any]:
+    import litert_torch
+    import torch
+
+    if not path.exists():
+        litert_torch.convert(model, (torch.randn(1, 3, size, size),)).export(str(path))
+    return {"bytes": path.stat().st_size}
+
+
 def _nothing(model: Any, size: int, variant: Variant, path: Path) -> dict[str, Any]:
     return {}
 
 
 MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
-    "executorch": _pte, "onnxruntime": _onnx, "openvino": _onnx, "torch": _nothing, "compile": _nothing,
+    "executorch": _pte, "onnxruntime": _onnx, "openvino": _onnx, "litert": _tflite, "torch": _nothing, "compile": _nothing,
 }  # fmt: skip
