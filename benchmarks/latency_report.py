@@ -8,7 +8,7 @@ from typing import Any
 
 from edge_ibtm.probe.statistics import median_interval, paired_ratio_interval, percentile
 
-COMPARED = ("plain export", "onnxruntime", "ours", "ours for AVX2")
+COMPARED = ("plain export", "onnxruntime", "ours")
 
 
 def summarise(samples: list[float]) -> dict[str, float]:

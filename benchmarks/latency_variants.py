@@ -23,7 +23,6 @@ class Variant:
     density: str | None = None
     plain: bool = False
     scheme: str | None = None
-    target: str = "xnnpack"
 
     @property
     def suffix(self) -> str:
@@ -39,10 +38,7 @@ class Variant:
 def variants(
     model: str, mergers: Sequence[str], densities: Sequence[str], engines: Sequence[str], int8: bool
 ) -> list[Variant]:
-    """All contestants of one model: the base in every engine, ours unmerged, merged by merger and by density, int8.
-
-    The target for AVX2 differs from XNNPACK's in dense convolutions, of which only MobileViT has more than the stem's.
-    """
+    """All contestants of one model: the base in every engine, ours unmerged, merged by merger and by density, int8."""
     found = [Variant("timm eager", "torch"), Variant("torch.compile", "compile")]
     found += [Variant("onnxruntime", "onnxruntime"), Variant("OpenVINO", "openvino"), Variant("LiteRT", "litert")]
     found = [v for v in found if v.engine in engines]
@@ -53,9 +49,6 @@ def variants(
     if int8:
         found += [Variant("int8", "executorch", scheme="int8")]
         found += [Variant("ibtm int8", "executorch", merger="ibtm", scheme="int8")]
-    if model in SIZES:
-        found += [Variant("ours for AVX2", "executorch", target="xnnpack_avx2")]
-        found += [Variant(f"{m} for AVX2", "executorch", merger=m, target="xnnpack_avx2") for m in mergers[:1]]
     return found
 
 
@@ -127,7 +120,7 @@ def _pte(model: Any, size: int, variant: Variant, path: Path) -> dict[str, Any]:
         return _plain_pte(model, example, path)
     if variant.scheme:
         model = quantize(model, [torch.randn(1, 3, size, size) for _ in range(4)], scheme=variant.scheme)
-    artifact = lower(model, example, path, target=variant.target)
+    artifact = lower(model, example, path)
     return {"bytes": artifact.bytes, "subgraphs": artifact.subgraphs, "left_out": artifact.non_delegated}
 
 

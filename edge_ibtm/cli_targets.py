@@ -22,7 +22,7 @@ Classes = Annotated[int, typer.Option("--classes", help="number of classes")]
 Size = Annotated[int | None, typer.Option("--img-size", help="pixels; default: the model's own")]
 Merger = Annotated[str, typer.Option(help="merger for --keep-ratio")]
 Keep = Annotated[float | None, typer.Option(help="insert mergers that keep this share of the tokens")]
-TargetName = Annotated[str, typer.Option("--target", help="xnnpack, xnnpack_avx2, portable, vulkan, coreml, torch")]
+TargetName = Annotated[str, typer.Option("--target", help="xnnpack, portable, vulkan, coreml, torch")]
 
 
 def register(app: typer.Typer) -> None:

@@ -56,13 +56,16 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
     return class_token_only(rewrite_modules(twin, rewrites()))
 
 
-def export_rewritten(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    """torch.export of the rewritten copy of an eager module, its operators rewritten too."""
+def export_rewritten(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], further: Rewrite | None = None
+) -> torch.export.ExportedProgram:
+    """torch.export of the rewritten copy of an eager module (rewritten by `further` too), its operators rewritten too."""
     from edge_ibtm.rewrite_graph import tidy
     from edge_ibtm.rewrite_ops import DelegateOps
 
     with torch.no_grad(), DelegateOps():
-        program = torch.export.export(prepare_for_export(model), inputs)
+        twin = prepare_for_export(model)
+        program = torch.export.export(further(twin) if further else twin, inputs)
     return tidy(program)
 
 

@@ -42,7 +42,7 @@ def products(recipe: Recipe, suffixes: Mapping[str, str]) -> list[Product]:
         origins = (["base"] if recipe.lower.base and target != "coreml" else []) + ["finetune"]
         for stage in origins:
             made.append(_product(stage, target, precision, suffixes[target]))
-        if recipe.quantize.scheme != "none" and target in ("xnnpack", "xnnpack_avx2", "portable"):
+        if recipe.quantize.scheme != "none" and target in ("xnnpack", "portable"):
             made.append(_product("quantize", target, "int8", suffixes[target]))
     return made
 

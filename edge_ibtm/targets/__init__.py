@@ -33,12 +33,6 @@ def _xnnpack(model: Any, example: Any, path: Path, **options: Any) -> Artifact:
     return lower_xnnpack(model, example, path, **options)
 
 
-def _xnnpack_avx2(model: Any, example: Any, path: Path, **options: Any) -> Artifact:
-    from edge_ibtm.targets.xnnpack import lower_xnnpack_avx2
-
-    return lower_xnnpack_avx2(model, example, path, **options)
-
-
 def _portable(model: Any, example: Any, path: Path, **options: Any) -> Artifact:
     from edge_ibtm.targets.portable import lower_portable
 
@@ -66,7 +60,6 @@ def _coreml(model: Any, example: Any, path: Path, **options: Any) -> Artifact:
 
 TARGETS: dict[str, Target] = {
     "xnnpack": Target("xnnpack", ".pte", _xnnpack, True, "CPU of Android, iOS and desktop (ExecuTorch)"),
-    "xnnpack_avx2": Target("xnnpack_avx2", ".pte", _xnnpack_avx2, True, "the same, for x86 with AVX2 and no AVX-512"),
     "portable": Target("portable", ".pte", _portable, True, "ExecuTorch's portable kernels, no delegate"),
     "vulkan": Target("vulkan", ".pte", _vulkan, False, "GPU of Android (ExecuTorch); lowered here, not run here"),
     "coreml": Target("coreml", ".mlpackage", _coreml, False, "Apple neural engine, GPU, CPU (Core ML)"),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.rewrite import Rewrite
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ def is_captured(model: nn.Module) -> bool:
     return isinstance(model, torch.fx.GraphModule)
 
 
-def capture(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    """torch.export of the rewritten copy of an eager module, or of a graph module as it is."""
+def capture(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], further: Rewrite | None = None
+) -> torch.export.ExportedProgram:
+    """torch.export of the rewritten copy of an eager module (see `export_rewritten`), or of a graph module as it is."""
     from edge_ibtm.rewrite import export_rewritten
     from edge_ibtm.rewrite_graph import own_constants
 
     try:
         if not is_captured(model):
-            return own_constants(export_rewritten(model, inputs))
+            return own_constants(export_rewritten(model, inputs, further))
         with torch.no_grad():
             return own_constants(torch.export.export(model, inputs))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -110,16 +113,20 @@ def size_of(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Backend:
-    """An ExecuTorch target: `to_edge` takes an exported program to an edge program manager, inside `context()`."""
+    """An ExecuTorch target: `to_edge` takes an exported program to an edge program manager, inside `context()`.
+
+    further: a rewrite of eager modules that only this target gains by.
+    """
 
     name: str
     to_edge: Callable[[Any], Any]
     context: Callable[[], AbstractContextManager[None]] = nullcontext
+    further: Rewrite | None = None
 
 
 def lower_program(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, backend: Backend) -> Artifact:
     """Capture, lower, write: what every ExecuTorch target does. EdgeIBTMError when any step fails."""
-    program = capture(model, inputs)
+    program = capture(model, inputs, backend.further)
     try:
         with backend.context():
             edge = backend.to_edge(program)

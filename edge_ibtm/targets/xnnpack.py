@@ -7,24 +7,17 @@ from typing import Any
 
 import torch
 
-from edge_ibtm.targets.common import Artifact, Backend, is_captured, lower_program
+from edge_ibtm.rewrite_winograd import winograd
+from edge_ibtm.targets.common import Artifact, Backend, lower_program
 from edge_ibtm.targets.lean import lean
 from edge_ibtm.targets.runtime import run_pte
 
-__all__ = ["lower_xnnpack", "lower_xnnpack_avx2", "run_pte"]
+__all__ = ["lower_xnnpack", "run_pte"]
 
 
 def lower_xnnpack(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> Artifact:
     """Lower to a `.pte` whose delegated parts run in XNNPACK (fp32, or int8 where the graph is quantized)."""
-    return lower_program(model, inputs, path, Backend("xnnpack", _to_edge, lean))
-
-
-def lower_xnnpack_avx2(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> Artifact:
-    """As `lower_xnnpack`, float convolutions as products; a graph captured already (quantized) is lowered as it is."""
-    from edge_ibtm.rewrite_products import convolutions_as_products
-
-    written = model if is_captured(model) else convolutions_as_products(model)
-    return lower_program(written, inputs, path, Backend("xnnpack_avx2", _to_edge, lean))
+    return lower_program(model, inputs, path, Backend("xnnpack", _to_edge, lean, winograd))
 
 
 def _to_edge(program: torch.export.ExportedProgram) -> Any:
