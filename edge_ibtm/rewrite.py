@@ -27,12 +27,13 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
     from edge_ibtm.rewrite_attention import SplitAttention, SplitWindowAttention
     from edge_ibtm.rewrite_linear_attention import ChannelFirstMLA, SlicedLinearAttention
     from edge_ibtm.rewrite_mobilevit import OnePermuteBlock
-    from edge_ibtm.rewrite_norm import LinearNorm, PooledGroupNorm
+    from edge_ibtm.rewrite_norm import LinearNorm, MeanFreeNorm, PooledGroupNorm
     from edge_ibtm.rewrite_patches import LinearPatches
 
     table: dict[type[nn.Module], Rewrite] = {
         nn.LayerNorm: LinearNorm.of,
         layers.LayerNorm: LinearNorm.of,
+        MeanFreeNorm: LinearNorm.of,
         layers.GroupNorm1: PooledGroupNorm.of,
         layers.PatchEmbed: LinearPatches.of,
         layers.Attention: SplitAttention.of,
@@ -50,9 +51,11 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
     """A rewritten copy of `model` in eval mode, equal to it up to rounding; the original is untouched; idempotent."""
     from edge_ibtm.rewrite_class_token import class_token_only
     from edge_ibtm.rewrite_conv import fold_batch_norms
+    from edge_ibtm.rewrite_stream import lighten_norms
 
     twin = copy.deepcopy(model).eval()
     fold_batch_norms(twin)
+    lighten_norms(twin)
     return class_token_only(rewrite_modules(twin, rewrites()))
 
 

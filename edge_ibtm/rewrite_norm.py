@@ -12,16 +12,47 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class MeanFreeNorm(nn.LayerNorm):
+    """An nn.LayerNorm over one axis whose inputs [..., D] have mean zero (see `rewrite_stream`)."""
+
+    @classmethod
+    def of(cls, norm: nn.LayerNorm) -> MeanFreeNorm:
+        """`norm`, said to have such inputs."""
+        made = cls(norm.normalized_shape, norm.eps, elementwise_affine=False)
+        made.weight, made.bias = norm.weight, norm.bias
+        return made.train(norm.training)
+
+
+class Centred(nn.Module):
+    """x [..., D] less its mean over the last axis; D and the dtype are those of a LayerNorm."""
+
+    row: torch.Tensor
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        dim = norm.normalized_shape[0]
+        like = next(norm.parameters(), torch.empty(0))
+        self.register_buffer("row", torch.full((1, dim), 1.0 / dim, dtype=like.dtype, device=like.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - F.linear(x, self.row)
+
+
 class LinearNorm(nn.Module):
-    """(x - mean) * rsqrt(variance + eps) * weight + bias over the last axis of x [..., D]."""
+    """(x - mean) * rsqrt(variance + eps) * weight + bias over the last axis of x [..., D].
+
+    mean_free: x has mean zero already.
+    """
 
     row: torch.Tensor
     weight: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, dim: int, eps: float, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, dim: int, eps: float, weight: torch.Tensor | None, bias: torch.Tensor | None, mean_free: bool = False
+    ) -> None:
         super().__init__()
-        self.dim, self.eps = dim, eps
+        self.dim, self.eps, self.mean_free = dim, eps, mean_free
         like = weight if weight is not None else torch.empty(0)
         self.register_buffer("row", torch.full((1, dim), 1.0 / dim, dtype=like.dtype, device=like.device))
         self.register_buffer("weight", None if weight is None else weight.detach())
@@ -32,13 +63,13 @@ class LinearNorm(nn.Module):
         """The equal of an nn.LayerNorm over one axis; others are returned as they are."""
         if len(norm.normalized_shape) != 1:
             return norm
-        return cls(norm.normalized_shape[0], norm.eps, norm.weight, norm.bias)
+        return cls(norm.normalized_shape[0], norm.eps, norm.weight, norm.bias, isinstance(norm, MeanFreeNorm))
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, eps={self.eps}"
+        return f"{self.dim}, eps={self.eps}, mean_free={self.mean_free}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        centred = x - F.linear(x, self.row)
+        centred = x if self.mean_free else x - F.linear(x, self.row)
         variance = F.linear(centred * centred, self.row)
         normed = centred * torch.rsqrt(variance + self.eps)
         if self.weight is not None:

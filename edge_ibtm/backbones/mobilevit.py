@@ -40,13 +40,14 @@ class MergedMobileVitBlock(nn.Module):
         self.patch_size, self.patch_area, self.density = block.patch_size, block.patch_area, density
         self.conv_fusion = block.conv_fusion
         self.sites = nn.ModuleList(sites)
+        self.centre = nn.Identity()  # what goes into the layers behind an entry's site; they ignore its mean
 
     def restored(self) -> MobileVitBlock:
         """The block as timm builds it, with the same children."""
         block = MobileVitBlock.__new__(MobileVitBlock)
         nn.Module.__init__(block)
         for name, child in self.named_children():
-            if name != "sites":
+            if name not in ("sites", "centre"):
                 block.add_module(name, child)
         block.patch_size, block.patch_area, block.conv_fusion = self.patch_size, self.patch_area, self.conv_fusion
         return block.train(self.training)
@@ -117,7 +118,7 @@ class MergedMobileVitBlock(nn.Module):
         merged = self._site(0, z, grid)
         proportional = bool(self.sites[0].merger.proportional) and merged.plan is not None  # type: ignore[union-attr]
         bias = size_bias(merged.size, self.patch_area) if proportional else None
-        x = self._pixels(merged.x)
+        x = self.centre(self._pixels(merged.x))
         y = x
         for layer in transformer:
             y = layer(y, attn_mask=bias)

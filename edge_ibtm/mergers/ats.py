@@ -18,6 +18,7 @@ class ATS(Merger):
 
     layouts = ("sequence",)
     proportional = False
+    ignores_mean = True
     needs = ("class_attention",)
 
     def prepare(self, tokens: Tokens) -> Tokens:

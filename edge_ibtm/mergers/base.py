@@ -50,12 +50,14 @@ class Merger(nn.Module):
     """A method: first weighs the tokens of a site (`prepare`), then routes each of its lines (`route`).
 
     layouts: where it has a meaning. proportional: whether log sizes are added to the attention logits of merged keys.
-    needs: "class_attention" or "received_attention" when the method reads the block's attention.
+    needs: "class_attention" or "received_attention" when the method reads the block's attention. ignores_mean: whether
+    the answer stays the same when every token's mean over its features is taken from z.
     """
 
     layouts: tuple[str, ...] = ("sequence", "grid")
     proportional: bool = True
     needs: tuple[str, ...] = ()
+    ignores_mean: bool = False
 
     def __init__(self, dim: int, classes: int = 0) -> None:
         super().__init__()

@@ -44,6 +44,7 @@ class Chain(Merger):
         self.first, self.second = first, second
         self.layouts = tuple(x for x in first.layouts if x in second.layouts)  # type: ignore[misc]
         self.needs = first.needs + second.needs  # type: ignore[misc]
+        self.ignores_mean = first.ignores_mean and second.ignores_mean  # type: ignore[misc]
 
     def settle(self, *, first: bool, attention: bool, convolved: bool) -> None:
         self.first.settle(first=first, attention=attention, convolved=convolved)
@@ -67,6 +68,8 @@ class LTMP(Merger):
     Half of the tokens merge, then the least attended go (all of them merge where the site has no attention). Both
     decisions are straight-through against a learned threshold.
     """
+
+    ignores_mean = True
 
     def __init__(self, dim: int, classes: int = 0) -> None:
         super().__init__(dim, classes)

@@ -10,10 +10,13 @@ from .base import Merger, Tokens
 class Identity(Merger):
     """Keeps every token, whatever the keep ratio says."""
 
+    ignores_mean = True
+
 
 class RandomMerge(Merger):
     """Merges pairs drawn once, the same for every image (seeded by the length of the line)."""
 
+    ignores_mean = True
     seed = 0
 
     def route(self, tokens: Tokens, keep: int) -> Route:
@@ -25,6 +28,7 @@ class RandomMerge(Merger):
 class RandomDrop(Merger):
     """Drops tokens drawn once, the same for every image."""
 
+    ignores_mean = True
     seed = 0
 
     def route(self, tokens: Tokens, keep: int) -> Route:
@@ -35,6 +39,8 @@ class RandomDrop(Merger):
 
 class UniformPool(Merger):
     """Averages runs of neighbours of as equal length as can be: what lowering the resolution inside the model does."""
+
+    ignores_mean = True
 
     def route(self, tokens: Tokens, keep: int) -> Route:
         return even_runs(tokens, keep)

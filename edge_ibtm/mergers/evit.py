@@ -16,6 +16,7 @@ class EViT(Merger):
 
     layouts = ("sequence",)
     proportional = False
+    ignores_mean = True
     needs = ("class_attention",)
 
     def prepare(self, tokens: Tokens) -> Tokens:

@@ -104,6 +104,8 @@ class IBTM(Merger):
     same in every line, and the mask only weighs.
     """
 
+    ignores_mean = True
+
     def __init__(self, dim: int, classes: int = 0, *, soft_weights: bool = True) -> None:
         super().__init__(dim, classes)
         self.soft_weights = soft_weights

@@ -12,6 +12,8 @@ LATE = 0.5  # share of the depth from which tokens are merged instead of pruned
 class ToFu(ToMe):
     """ToMe's pairs; the disappearing token is dropped early and averaged in, norm-preserving, late."""
 
+    ignores_mean = False
+
     def route(self, tokens: Tokens, keep: int) -> Route:
         scores, early = similarity(tokens.metric), tokens.depth < LATE
         return bipartite(scores, keep, prefix=tokens.prefix, ordered=tokens.ordered, drop=early)
@@ -22,6 +24,8 @@ class ToFu(ToMe):
 
 class MaskedToFu(MaskedToMe):
     """ToFu with LTMP's learned threshold mask."""
+
+    ignores_mean = False
 
     def route(self, tokens: Tokens, keep: int) -> Route:
         scores = similarity(tokens.metric)

@@ -19,12 +19,16 @@ def threshold_mask(scores: Tensor, threshold: Tensor) -> Tensor:
 class ToMe(Merger):
     """Merges the most similar pairs; nothing is learned."""
 
+    ignores_mean = True
+
     def route(self, tokens: Tokens, keep: int) -> Route:
         return bipartite(similarity(tokens.metric), keep, prefix=tokens.prefix, ordered=tokens.ordered)
 
 
 class MaskedToMe(Merger):
     """ToMe whose decisions get a gradient from LTMP's learned threshold; the count stays fixed."""
+
+    ignores_mean = True
 
     def __init__(self, dim: int, classes: int = 0) -> None:
         super().__init__(dim, classes)
