@@ -25,9 +25,19 @@ def _odd_last(lines: int, odds: int, keep: int, prefix: int) -> np.ndarray:
     return np.tile(np.where(j < prefix // 2, 2 * j + 2, keep - odds + j + 1), (lines, 1, 1))
 
 
-def _against(n: int) -> np.ndarray:
-    """[n, n * n]: x @ it is x_k - x_j at j * n + k, times a power of two so large that a clamp sees only its sign."""
-    return 2.0**100 * (np.tile(np.eye(n), (1, n)) - np.kron(np.eye(n), np.ones((1, n))))
+def _against(n: int, groups: int) -> np.ndarray:
+    """[g n, g n n]: a group's x @ it is x_k - x_j at j * n + k, times a power of two so large that a clamp sees its sign."""
+    return np.kron(np.eye(groups), 2.0**100 * (np.tile(np.eye(n), (1, n)) - np.kron(np.eye(n), np.ones((1, n)))))
+
+
+def _affine(matrix: np.ndarray, row: np.ndarray | float) -> np.ndarray:
+    """A matrix [n, m] and a row [m] to add, as [n + 1, m]."""
+    return np.concatenate([matrix, np.broadcast_to(row, (1, matrix.shape[1]))])
+
+
+def _lost(n: int, groups: int) -> np.ndarray:
+    """[g n n, g n]: less the sum of each n entries."""
+    return -np.kron(np.eye(groups * n), np.ones((n, 1)))
 
 
 def _odd_slots(length: int, keep: int, prefix: int) -> np.ndarray:
@@ -43,14 +53,23 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "positions": lambda n: np.arange(1, n + 1)[:, None],
         "before": lambda n: np.tril(np.ones((n, n)), -1),
         "upto": lambda n: np.triu(np.ones((n, n))),
-        "even_columns": lambda n: np.eye(n)[:, ::2],
         "even_places": lambda n: np.eye(n)[::2],
         "even_odd": lambda n: np.kron(np.eye(n)[:, ::2], np.eye(n)[:, 1::2]),
         "even_of_pairs": lambda n: np.kron(np.eye(n)[:, ::2], np.ones((1, n // 2))),
         "odd_of_pairs": lambda n: np.tile(np.eye(n)[:, 1::2], (1, (n + 1) // 2)),
         "against": _against,
-        "earlier_wins": lambda n: np.tril(np.ones((n, n)), -1).reshape(1, n * n),
-        "each": lambda n: np.kron(np.eye(n), np.ones((n, 1))),
+        "earlier_wins": lambda n, g: np.tile(np.tril(np.ones((n, n)), -1).reshape(1, n * n), (1, g)),
+        "wins": lambda of, n, g: _affine(_lost(n, g), of),
+        "losses": lambda of, n: _affine(-_lost(n, 1), of),
+        "sums": lambda n, m: np.kron(np.eye(n), np.ones((m, 1))),
+        "even_in_order": lambda n: _affine(-np.triu(np.ones((n, n))), 2 * np.arange(n) + 1),
+        "odd_in_order": lambda n, m: _affine(-np.triu(np.ones((n, m))), 2 * np.arange(m) + 2),
+        "to_pairs": lambda n, m: np.tile(np.eye(m), (1, n)),
+        "targets": lambda n, m, keep: np.kron(np.eye(n), _odd_last(1, m, keep, 0)[0].T),
+        "odd_places": lambda n: np.eye(n)[1::2],
+        "each_place": lambda keep, n: np.tile(np.eye(n), (1, keep)),
+        "distances": lambda keep, n: _affine(np.tile(np.eye(n), (1, keep)), -np.repeat(np.arange(keep) + 1.0, n)),
+        "row_sums": lambda keep, n: np.kron(np.eye(keep), np.ones((n, n))),
         "diagonal": lambda n: np.eye(n * n)[:, :: n + 1],
         "ones": lambda n: np.ones((n, 1)),
         "column": lambda n, i: np.eye(n)[:, i : i + 1],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .constants import constant
+from .short_lines import averages, is_short
 from .tokens import Route, row_max, unit
 
 
@@ -95,6 +96,8 @@ def dense_plan(route: Route, mass: Tensor, preserve_norm: bool = False) -> Dense
     """The plan of a route for tokens that count `mass` [R, L] each in their averages."""
     share = route.matrix()
     share = share if share.dtype == mass.dtype else share.to(mass.dtype)
+    if is_short(share.shape[-1]):
+        return DensePlan(share, averages(share, mass), preserve_norm)
     shares = share * mass.reshape(mass.shape[0], 1, -1)
     total = shares @ constant("ones", shares.shape[-1], like=shares)
     return DensePlan(share, shares / torch.clamp(total, min=1e-12), preserve_norm)

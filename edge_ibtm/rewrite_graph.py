@@ -25,7 +25,9 @@ def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
 
     drop_no_ops(program.graph_module)
     with torch.no_grad():
-        program = share(constant_prop_pass(program))
+        program = constant_prop_pass(program)
+        drop_ones(program)
+        program = share(program)
     fold_reshapes(program.graph_module)
     return program
 
@@ -57,6 +59,23 @@ def drop_no_ops(module: GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     module.recompile()
+
+
+def drop_ones(program: torch.export.ExportedProgram) -> None:
+    """Remove products with constants of ones, the sizes of tokens that have not merged yet; changed in place."""
+    from edge_ibtm.rewrite_share import constant_of
+
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.mul.Tensor:
+            continue
+        for ones, other in (node.args, node.args[::-1]):
+            value = constant_of(program, ones)
+            if value is not None and bool((value == 1).all()) and _same(node, other):
+                node.replace_all_uses_with(other)
+                graph.erase_node(node)
+                break
+    program.graph_module.recompile()
 
 
 def fold_reshapes(module: GraphModule) -> None:

@@ -1,7 +1,7 @@
 """Equal operators of an exported graph, computed once.
 
 Merge sites ask for the same lines and averages several times; export records every request. (Constants of equal content
-are left apart: one that two delegates share does not survive lowering in executorch 1.5.1.)
+count as the same input but are left apart: one that two delegates share does not survive lowering in executorch 1.5.1.)
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+_SMALL = 4096  # numbers in a constant whose content is compared
+
 
 def share(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Let every operator that repeats an earlier one on the same inputs use its result; changed in place."""
     graph = program.graph
     written = set(written_values(graph))
     seen: dict[Any, Node] = {}
+    alike = _constants_alike(program)
     for node in list(graph.nodes):
         if node.op != "call_function" or written.intersection({node, *node.all_input_nodes}) or _impure(node):
             continue
-        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        key = (node.target, _frozen(node.args, alike), _frozen(node.kwargs, alike))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
@@ -55,10 +58,31 @@ def _impure(node: Node) -> bool:
     return schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
 
 
-def _frozen(value: Any) -> Any:
+def _constants_alike(program: torch.export.ExportedProgram) -> dict[Node, Node]:
+    """Small constants -> the first one of equal content."""
+    first: dict[Any, Node] = {}
+    alike: dict[Node, Node] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = constant_of(program, node)
+        if value is not None and value.numel() <= _SMALL:
+            key = value.dtype, tuple(value.shape), bytes(value.cpu().contiguous().reshape(-1).view(torch.uint8).tolist())
+            alike[node] = first.setdefault(key, node)
+    return alike
+
+
+def constant_of(program: torch.export.ExportedProgram, node: Any) -> torch.Tensor | None:
+    """The tensor that a graph's input stands for; None for a user's input, a parameter (it may be trained) or another node."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_buffers}
+    name = names.get(getattr(node, "name", ""), "")
+    value = program.constants.get(name, program.state_dict.get(name))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _frozen(value: Any, alike: dict[Node, Node]) -> Any:
     """Arguments as something hashable, numbers told apart by type."""
     if isinstance(value, list | tuple):
-        return tuple(_frozen(v) for v in value)
+        return tuple(_frozen(v, alike) for v in value)
     if isinstance(value, dict):
-        return tuple((k, _frozen(v)) for k, v in value.items())
-    return (type(value).__name__, value)
+        return tuple((k, _frozen(v, alike)) for k, v in value.items())
+    return (type(value).__name__, alike.get(value, value) if isinstance(value, Node) else value)

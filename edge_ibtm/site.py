@@ -23,7 +23,8 @@ from .plan import (
     fold_rows,
     sequence_plan,
 )
-from .tokens import check_ratio, kept_grid, kept_tokens, short, squared_lengths, tiles
+from .short_lines import is_short, squared_lengths
+from .tokens import check_ratio, kept_grid, kept_tokens, tiles
 
 _FIELDS = ("z", "metric", "size", "weight", "penalty", "importance")
 
@@ -118,7 +119,7 @@ class Site(nn.Module):
         if grid is None or tokens.prefix or tokens.metric is not tokens.z:
             return None
         cuts = tiles(grid[1], self.longest)
-        if not short(grid[1] // cuts) or self._kept_grid(grid)[1] == grid[1]:
+        if not is_short(grid[1] // cuts) or self._kept_grid(grid)[1] == grid[1]:
             return None
         return lambda: squared_lengths(fold_rows(tokens.z, grid, cuts)).reshape(tokens.size.shape)
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import short_lines
 from .constants import PROTECTED, constant
 from .errors import UsageError
 
 _HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
 _EPS = 1e-12
-SHORT = 8  # tokens of a line so short that an exported graph compares all pairs and picks by products with constants
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,18 @@ class Route:
     slot: [R, 1, L], the 1-based output position of each token; 0 for a token that is dropped.
     keep: number P of output tokens.
     soft: None, or [R, P, L], zero in value, that carries the gradient of a straight-through decision.
+    hard: None, or the assignment [R, P, L] where it did not need the slots.
     """
 
     slot: Tensor
     keep: int
     soft: Tensor | None = None
+    hard: Tensor | None = None
 
     def matrix(self) -> Tensor:
         """The assignment S [R, P, L]: S[p, n] = 1 when token n goes to output p."""
+        if self.hard is not None:
+            return self.hard
         positions = constant("positions", self.keep, like=self.slot)
         hard = torch.clamp(1.0 - torch.abs(self.slot - positions), 0.0, 1.0)
         return hard if self.soft is None else hard + self.soft
@@ -138,17 +142,11 @@ def interleave(even: Tensor, odd: Tensor) -> Tensor:
     return torch.cat([woven, even[..., pairs:]], 2) if longer else woven
 
 
-def even_part(x: Tensor) -> Tensor:
-    """The even positions of x [R, L]: [R, ceil(L/2), 1]."""
-    lines, length = x.shape
-    if not short(length):
-        return halves(x.reshape(lines, length, 1))[0]
-    return (x @ constant("even_columns", length, like=x)).reshape(lines, (length + 1) // 2, 1)
-
-
-def short(length: int) -> bool:
-    """Whether a graph is exported and a line so short that products with constants compare and pick in the fewest nodes."""
-    return torch.compiler.is_exporting() and length <= SHORT
+def less(scores: Tensor, penalty: Tensor) -> Tensor:
+    """scores [R, a, b] less the penalty [R, a + b] of their even tokens."""
+    if short_lines.is_short(penalty.shape[1]):
+        return short_lines.less(scores, penalty)
+    return scores - halves(penalty.reshape(*penalty.shape, 1))[0]
 
 
 def row_max(x: Tensor) -> Tensor:
@@ -162,9 +160,6 @@ def row_max(x: Tensor) -> Tensor:
 def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the last axis [..., 1] and the one-hot of its first position [..., n]."""
     n = x.shape[-1]
-    if short(n):
-        first = torch.clamp(1.0 - _before(x), 0.0, 1.0)
-        return (first * x) @ constant("ones", n, like=x), first
     top = row_max(x)
     equal = greater(x, top, 1.0)
     earlier = equal @ constant("earlier", n, like=x)
@@ -173,18 +168,9 @@ def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def rank(values: Tensor) -> Tensor:
     """How many of values [R, L, 1] stand before each: larger ones, and equal ones at lower positions. -> [R, L, 1]"""
-    lines, length, _ = values.shape
-    if short(length):
-        return _before(values.reshape(lines, length)).reshape(lines, length, 1)
+    length = values.shape[1]
     before = greater(values.reshape(-1, 1, length), values, constant("before", length, like=values))
     return before @ constant("ones", length, like=values)
-
-
-def _before(x: Tensor) -> Tensor:
-    """How many of x [..., n] stand before each, as in `rank`: all pairs by one product, few nodes in a graph."""
-    n = x.shape[-1]
-    wins = torch.clamp(x @ constant("against", n, like=x) + constant("earlier_wins", n, like=x), 0.0, 1.0)
-    return wins @ constant("each", n, like=x)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -194,34 +180,11 @@ def unit(x: Tensor) -> Tensor:
 
 
 def similarity(metric: Tensor) -> Tensor:
-    """Cosine similarity [R, ceil(L/2), floor(L/2)] of the even with the odd tokens of metric [R, L, D].
-
-    In an exported graph short lines take all pairs' products, and cut and scale the small matrix instead of the features.
-    """
-    if short(metric.shape[1]):
-        return _cut_from_all_pairs(metric)
+    """Cosine similarity [R, ceil(L/2), floor(L/2)] of the even with the odd tokens of metric [R, L, D]."""
+    if short_lines.is_short(metric.shape[1]):
+        return short_lines.cosines(metric)
     even, odd = halves(unit(metric))
     return float32(even @ odd.transpose(1, 2))
-
-
-def _cut_from_all_pairs(metric: Tensor) -> Tensor:
-    """The same cosines, from the products of all tokens of a line with each other."""
-    lines, length, _ = metric.shape
-    flat = _all_pairs(metric)
-    scale = torch.rsqrt(flat @ constant("diagonal", length, like=flat) + _EPS)
-    even, odd = (scale @ constant(kind, length, like=flat) for kind in ("even_of_pairs", "odd_of_pairs"))
-    return (flat @ constant("even_odd", length, like=flat) * (even * odd)).reshape(lines, (length + 1) // 2, length // 2)
-
-
-def _all_pairs(metric: Tensor) -> Tensor:
-    """Products [R, L * L] of all tokens of a line with each other."""
-    return float32(metric @ metric.transpose(1, 2)).reshape(metric.shape[0], metric.shape[1] ** 2)
-
-
-def squared_lengths(metric: Tensor) -> Tensor:
-    """|m|^2 [R, L] of the tokens of short lines, metric [R, L, D], from the products that `similarity` takes."""
-    flat = _all_pairs(metric)
-    return flat @ constant("diagonal", metric.shape[1], like=flat)
 
 
 def _slots(kept: Tensor) -> Tensor:
@@ -262,6 +225,9 @@ def bipartite(
     length, remove = evens + odds, evens + odds - keep
     _check_reach(length, keep, prefix)
     hard = scores.detach()
+    if short_lines.is_short(length) and not prefix and soft is None:
+        slot, share = short_lines.assign(hard, keep, drop, ordered)
+        return Route(slot, keep, hard=share)
     if prefix:
         hard = hard + constant("protect_even", evens, prefix, like=hard)
         hard = hard + constant("protect_odd", odds, prefix, like=hard)
@@ -279,10 +245,7 @@ def bipartite(
         target = partner @ odd_slot[:1].reshape(odds, 1)
     target = target.reshape(lines, 1, evens)
     slot = (1.0 - gone) * even_slot if drop else (1.0 - gone) * even_slot + gone * target
-    if short(length) and not ordered:
-        slot = slot @ constant("even_places", length, like=slot) + constant("odd_slots", length, keep, prefix, like=slot)
-    else:
-        slot = interleave(slot, odd_slot)
+    slot = interleave(slot, odd_slot)
     return Route(slot, keep, None if soft is None else _soft_matrix(soft, target, keep, odds))
 
 

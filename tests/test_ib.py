@@ -131,12 +131,14 @@ def test_products_of_layer_normed_tokens_need_no_layer_norm(
     vector, v, mass = (torch.rand(n, m, generator=random).double() for n, m in ((1, width), (batch, width), (batch, count)))
     normed = torch.nn.functional.layer_norm(x, (width,), eps=1e-5)
     products = NormProducts(x, x.square().sum(-1), 1e-5, vector)
-    wanted = (normed * vector).sum(-1), (normed * v[:, None]).sum(-1), (mass[..., None] * normed).sum(1)
-    got = products.of_vector, products.along(v), products.total(mass)
+    wanted = (normed * vector).sum(-1), 0.5 * (normed * v[:, None]).sum(-1), (mass[..., None] * normed).sum(1)
+    half = torch.tensor(0.5, dtype=torch.float64)
+    got = products.of_vector, products.along(v - v.mean(-1, keepdim=True), half), products.total(mass)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # the constant 1 / D is a float32's
 
 
 def test_a_token_of_equal_features_normalises_to_nothing() -> None:
     x = torch.full((1, 2, 5), 7.3)
     products = NormProducts(x, x.square().sum(-1), 1e-5)
-    assert products.along(torch.randn(1, 5)).abs().max() < 0.01
+    v = torch.randn(1, 5)
+    assert products.along(v - v.mean(), torch.tensor(1.0)).abs().max() < 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -254,3 +255,32 @@ def test_repeated_operators_are_computed_once():
     targets = [n.target for n in program.graph.nodes]
     assert targets.count(torch.ops.aten.sin.default) == 1
     torch.testing.assert_close(program.module()(x), Model()(x))
+
+
+def test_products_with_ones_are_dropped_and_equal_constants_compared():
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ones = [torch.from_numpy(np.ones(shape, np.float32)) for shape in ((2, 4), (3, 2, 4))]
+            rows = [torch.from_numpy(np.full((1, 4), 0.25, np.float32)) for _ in range(2)]
+            means = [F.linear(x, row) for row in rows]
+            return x * ones[0] * means[0] + (ones[1] * x).sum(0) * means[1]
+
+    x = torch.randn(2, 4)
+    program = export_rewritten(Model(), (x,))
+    torch.testing.assert_close(program.module()(x), Model()(x))
+    targets = [n.target for n in program.graph.nodes]
+    assert targets.count(torch.ops.aten.mul.Tensor) == 3  # of four the one goes that changes no shape
+    assert targets.count(torch.ops.aten.linear.default) == 2  # one mean, and the sum
+
+
+def test_parameters_of_equal_content_stay_apart():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.a) + F.linear(x, self.b)
+
+    program = export_rewritten(Model(), (torch.randn(2, 4),))
+    assert sum(n.target is torch.ops.aten.linear.default for n in program.graph.nodes) == 2

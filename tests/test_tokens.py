@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_ibtm import tokens
+from edge_ibtm import short_lines, tokens
 from edge_ibtm.errors import UsageError
 from edge_ibtm.plan import GridPlan, dense_plan, sequence_plan
 
@@ -169,17 +169,18 @@ def exporting() -> Iterator[None]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, tokens.SHORT), st.integers(0, 10**6))
+@given(st.integers(2, short_lines.SHORT), st.integers(0, 10**6))
 def test_short_lines_are_exported_with_the_same_cosines(length: int, seed: int) -> None:
     metric = torch.randn(3, length, 32, generator=torch.Generator().manual_seed(seed))
-    wanted, even = tokens.similarity(metric), tokens.even_part(metric[..., 0])
+    wanted = tokens.similarity(metric)
+    lowered = tokens.less(wanted, metric[..., 0])
     with exporting():
         torch.testing.assert_close(tokens.similarity(metric), wanted, atol=1e-6, rtol=1e-5)
-        assert torch.equal(tokens.even_part(metric[..., 0]), even)
+        assert torch.equal(tokens.less(wanted, metric[..., 0]), lowered)
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(2, tokens.SHORT), st.booleans(), st.booleans(), st.data())
+@given(st.integers(2, short_lines.SHORT), st.booleans(), st.booleans(), st.data())
 def test_short_lines_are_exported_with_the_same_merges(length: int, ordered: bool, drop: bool, data: st.DataObject) -> None:
     evens, odds = (length + 1) // 2, length // 2
     prefix = data.draw(st.integers(0, 2)) if length > 3 else 0
@@ -190,7 +191,8 @@ def test_short_lines_are_exported_with_the_same_merges(length: int, ordered: boo
     options = {"prefix": prefix, "drop": drop, "ordered": ordered}
     wanted = tokens.bipartite(scores, keep, **options)
     with exporting():
-        assert torch.equal(tokens.bipartite(scores, keep, **options).slot, wanted.slot)
+        route = tokens.bipartite(scores, keep, **options)
+        assert torch.equal(route.slot, wanted.slot) and torch.equal(route.matrix(), wanted.matrix())
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan"), "a"])

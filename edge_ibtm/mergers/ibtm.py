@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..constants import constant
 from ..information import ib_step_matrix
-from ..tokens import Route, bipartite, even_part, similarity, unit
+from ..tokens import Route, bipartite, less, similarity, unit
 from .base import Merger, Tokens
 from .controls import even_runs
 from .products import NormProducts
@@ -69,20 +69,25 @@ class IBStep(nn.Module):
 
         v is `information.ib_gradient` on the sphere, sums written as matrix products, which every delegate takes.
         """
-        v = self._gradient(self.pooled(normed, torch.sigmoid(logits) * size))
+        x = self.pooled(normed, torch.sigmoid(logits) * size)
         if isinstance(normed, NormProducts):
-            return logits - self.eta * normed.along(v)
+            return logits - normed.along(self._gradient(x, mean_free=True), self.eta)
         batch, count, width = normed.shape
-        along = (normed * v.reshape(batch, 1, width)) @ constant("ones", width, like=v)  # in XNNPACK faster than normed @ v
-        return logits - self.eta * along.reshape(batch, count)
+        ones = constant("ones", width, like=normed)
+        along = (normed * self._gradient(x).reshape(batch, 1, width)) @ (self.eta * ones)  # in XNNPACK faster than normed @ v
+        return logits - along.reshape(batch, count)
 
-    def _gradient(self, x: Tensor) -> Tensor:
+    def _gradient(self, x: Tensor, mean_free: bool = False) -> Tensor:
+        """v [B, D] at x~ [B, D]; mean_free: less its mean, where x~ has none."""
         scaled = (2 * self.beta) * self.centroids  # 2 beta C and beta |C|^2 are constants of an exported graph
         squares = (scaled * self.centroids) @ constant("ones", x.shape[-1], like=x)
-        phi = torch.softmax(F.linear(x, scaled, -0.5 * squares.reshape(-1)), -1)
+        if mean_free:
+            scaled = scaled - scaled.mean(-1, keepdim=True)
+        near = F.linear(x, scaled, -0.5 * squares.reshape(-1))
+        phi = torch.softmax(near, -1)
         psi = F.linear(phi, self.step)
         if self.conditional:
-            psi = psi + torch.log(torch.clamp(phi, min=1e-12))
+            psi = psi + near  # log phi but for a constant, which the next line takes away
         v = (phi * (psi - (phi * psi) @ constant("ones", phi.shape[-1], like=x))) @ scaled
         return v - ((v * x) @ constant("ones", x.shape[-1], like=x)) * x
 
@@ -139,7 +144,7 @@ class IBTM(Merger):
         squares = tokens.squares if tokens.summary is None and self.log_lambda is not None else None
         if squares is not None and torch.compiler.is_exporting():
             products = NormProducts(tokens.z, squares(), norm.eps, None if first is None else first.weight)
-            return products, tokens.size * 0.0 if first is None else products.of_vector + first.bias
+            return products, tokens.size * 0.0 if products.of_vector is None else products.of_vector + first.bias  # type: ignore[union-attr]
         normed = norm(tokens.z if tokens.summary is None else tokens.summary())
         return normed, tokens.size * 0.0 if first is None else first(normed).reshape(normed.shape[:2])
 
@@ -148,6 +153,6 @@ class IBTM(Merger):
             return even_runs(tokens, keep)
         scores = similarity(tokens.metric)
         if tokens.penalty is not None:
-            scores = scores - even_part(tokens.penalty)
+            scores = less(scores, tokens.penalty)
         soft = threshold_mask(scores, self.threshold) if self.training else None
         return bipartite(scores, keep, prefix=tokens.prefix, ordered=tokens.ordered, soft=soft)

@@ -20,12 +20,13 @@ class NormProducts:
         """vector [1, D]: one that does not depend on x; its products [B, N] are taken with the mean, as `of_vector`."""
         batch, count, width = x.shape
         self.x, self.row = x, constant("sizes", 1, width, like=x) / width
-        vector = self.row if vector is None else centred(vector, self.row)
-        both = F.linear(x, torch.cat([self.row, vector]))
-        # picked by products, in XNNPACK half the time of slices
-        mean, along = ((both @ constant("column", 2, i, like=x)).reshape(batch, count) for i in (0, 1))
+        rows = self.row if vector is None else torch.cat([self.row, centred(vector, self.row)])
+        products = [F.linear(x, rows)]
+        if vector is not None:  # picked by products, in XNNPACK half the time of slices
+            products = [products[0] @ constant("column", 2, i, like=x) for i in (0, 1)]
+        mean = products[0].reshape(batch, count)
         self.scale = torch.rsqrt(torch.clamp(squares * (1.0 / width) - mean * mean, min=0.0) + eps)
-        self.of_vector = along * self.scale
+        self.of_vector = None if vector is None else products[1].reshape(batch, count) * self.scale
 
     def total(self, mass: Tensor) -> Tensor:
         """The tokens' sum with mass [B, N]: [B, D]."""
@@ -33,10 +34,10 @@ class NormProducts:
         shares = (mass * self.scale).reshape(batch, 1, count)
         return centred((shares @ self.x).reshape(batch, width), self.row)
 
-    def along(self, v: Tensor) -> Tensor:
-        """Products [B, N] with one vector an image, v [B, D]."""
+    def along(self, v: Tensor, factor: Tensor) -> Tensor:
+        """Products [B, N] with one vector of mean zero an image, v [B, D], times a factor [], a constant."""
         batch, count, width = self.x.shape
-        products = (self.x * centred(v, self.row).reshape(batch, 1, width)) @ constant("ones", width, like=v)
+        products = (self.x * v.reshape(batch, 1, width)) @ (factor * constant("ones", width, like=v))
         return products.reshape(batch, count) * self.scale
 
 

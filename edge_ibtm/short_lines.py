@@ -1,0 +1,103 @@
+"""Lines of at most SHORT tokens in an exported graph: compared, picked and placed by products with constants.
+
+Everything stays flat, [R, k] for R lines: there a delegate takes the fewest and the cheapest operators (a broadcast
+over an inner axis of 4 costs XNNPACK ten times as much as a product with a constant). The numbers are those of `tokens`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .constants import constant
+
+SHORT = 8
+_EPS = 1e-12
+
+
+def is_short(length: int) -> bool:
+    """Whether a graph is exported and lines of `length` tokens are handled here."""
+    return torch.compiler.is_exporting() and length <= SHORT
+
+
+def cosines(metric: Tensor) -> Tensor:
+    """Cosine similarity [R, ceil(L/2), floor(L/2)] of the even with the odd tokens of metric [R, L, D].
+
+    All pairs' products are taken: cutting and scaling them is less than cutting and scaling the features.
+    """
+    lines, length, _ = metric.shape
+    pairs = _all_pairs(metric)
+    scale = torch.rsqrt(pairs @ constant("diagonal", length, like=pairs) + _EPS)
+    even, odd = (scale @ constant(kind, length, like=pairs) for kind in ("even_of_pairs", "odd_of_pairs"))
+    return (pairs @ constant("even_odd", length, like=pairs) * (even * odd)).reshape(lines, (length + 1) // 2, length // 2)
+
+
+def squared_lengths(metric: Tensor) -> Tensor:
+    """|m|^2 [R, L] of the tokens of metric [R, L, D], from the products that `cosines` takes."""
+    pairs = _all_pairs(metric)
+    return pairs @ constant("diagonal", metric.shape[1], like=pairs)
+
+
+def _all_pairs(metric: Tensor) -> Tensor:
+    """Products [R, L * L] in float32 of all tokens of a line with each other."""
+    products = metric @ metric.transpose(1, 2)
+    products = products if products.dtype == torch.float32 else products.float()
+    return products.reshape(metric.shape[0], metric.shape[1] ** 2)
+
+
+def less(scores: Tensor, penalty: Tensor) -> Tensor:
+    """scores [R, a, b] less the penalty [R, a + b] of their even tokens."""
+    lines, evens, odds = scores.shape
+    lowered = scores.reshape(lines, evens * odds) - penalty @ constant("even_of_pairs", evens + odds, like=scores)
+    return lowered.reshape(scores.shape)
+
+
+def assign(scores: Tensor, keep: int, drop: bool, ordered: bool) -> tuple[Tensor, Tensor]:
+    """Slots [R, 1, L] and assignment [R, P, L] of `tokens.bipartite` for scores [R, a, b], without prefix or gradient."""
+    lines, evens, odds = scores.shape
+    length, remove = evens + odds, evens + odds - keep
+    scores = scores.reshape(lines, evens * odds)
+    first = torch.clamp(_affine(_wins(scores, odds, evens), "wins", 1, odds, evens), 0.0, 1.0)
+    top = _times(first * scores, "sums", evens, odds)
+    wins = _wins(top, evens, 1)
+    gone = torch.clamp(_affine(wins, "wins", remove, evens, 1), 0.0, 1.0)
+    if ordered:
+        own = _affine(gone, "even_in_order", evens) * (1.0 - gone)
+        odd = _affine(gone, "odd_in_order", evens, odds)
+        target = _times(first * _times(odd, "to_pairs", evens, odds), "sums", evens, odds)
+        slot = _times(odd, "odd_places", length)
+    else:
+        own = torch.clamp(_affine(wins, "losses", 1 - remove, evens), min=0.0)
+        target = _times(first, "targets", evens, odds, keep)
+        slot = constant("odd_slots", length, keep, 0, like=scores)
+    even = own if drop else own + gone * target
+    slot = _times(even, "even_places", length) + slot
+    share = torch.clamp(1.0 - torch.abs(_affine(slot, "distances", keep, length)), 0.0, 1.0)
+    return slot.reshape(lines, 1, length), share.reshape(lines, keep, length)
+
+
+def averages(share: Tensor, mass: Tensor) -> Tensor:
+    """The assignment share [R, P, L] weighted by mass [R, L], its rows summing to one."""
+    lines, kept, length = share.shape
+    weighted = share.reshape(lines, kept * length) * _times(mass, "each_place", kept, length)
+    total = _times(weighted, "row_sums", kept, length)
+    return (weighted / torch.clamp(total, min=_EPS)).reshape(share.shape)
+
+
+def _wins(x: Tensor, n: int, groups: int) -> Tensor:
+    """[R, groups * n * n]: 1 where entry k of a group of n stands before entry j, at j * n + k; equal ones in order.
+
+    The tie's 1 is added behind the product: inside, the large numbers would swallow it.
+    """
+    return torch.clamp(_times(x, "against", n, groups) + constant("earlier_wins", n, groups, like=x), 0.0, 1.0)
+
+
+def _times(x: Tensor, kind: str, *size: int) -> Tensor:
+    return x @ constant(kind, *size, like=x)
+
+
+def _affine(x: Tensor, kind: str, *size: int) -> Tensor:
+    """x @ matrix + row, the constant's last row."""
+    whole = constant(kind, *size, like=x)
+    return F.linear(x, whole[:-1].t().contiguous(), whole[-1].clone())
