@@ -112,7 +112,7 @@ def _linear(node: Node) -> bool:
 
 
 def _convert(graph: Any, batches: list[torch.Tensor], chosen: Any) -> nn.Module:
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     prepared = prepare_pt2e(graph, chosen)
     size = batches[0].shape
@@ -121,7 +121,18 @@ def _convert(graph: Any, batches: list[torch.Tensor], chosen: Any) -> nn.Module:
             for piece in batch.split(size[0]):
                 if piece.shape == size:
                     prepared(piece)
-    return convert_pt2e(prepared)
+    return converted(prepared)
+
+
+def converted(prepared: Any) -> nn.Module:
+    """A calibrated or trained graph converted to 8-bit operators."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    from edge_ibtm.quantize_products import move_zero_points
+
+    graph = convert_pt2e(prepared)
+    move_zero_points(graph)
+    return graph
 
 
 def _mixed(
@@ -143,14 +154,14 @@ def _mixed(
     first = None
     for count in _counts(len(candidates)):
         names = {layer.node for layer in candidates[:count]}
-        converted: Any = convert_static(copy.deepcopy(graph), batches, partial(_quantizable_but, names))
+        rounded: Any = convert_static(copy.deepcopy(graph), batches, partial(_quantizable_but, names))
         with torch.no_grad():
-            reached = sqnr_db(wanted, torch.cat([converted(piece) for piece in pieces]))
+            reached = sqnr_db(wanted, torch.cat([rounded(piece) for piece in pieces]))
         first = reached if first is None else first
-        converted.meta["quantization"] = Choice(tuple(candidates[:count]), len(noise), first, reached, min_sqnr)
+        rounded.meta["quantization"] = Choice(tuple(candidates[:count]), len(noise), first, reached, min_sqnr)
         if reached >= min_sqnr:
             break
-    return converted
+    return rounded
 
 
 def _quantizable_but(names: set[str], node: Node) -> bool:

@@ -22,9 +22,7 @@ def quantize_qat(model: nn.Module, calibration: Iterable[Any], finetune: Finetun
     calibration: batches of images [B, 3, H, W]; they set the ranges before training. finetune: trains the module it is
     given in place, on batches of exactly `batch_size` images; `.train()` and `.eval()` work on it.
     """
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-
-    from edge_ibtm.quantize import images_of
+    from edge_ibtm.quantize import converted, images_of
 
     images = torch.cat([images_of(batch) for batch in calibration])
     if len(images) < batch_size:
@@ -35,7 +33,7 @@ def quantize_qat(model: nn.Module, calibration: Iterable[Any], finetune: Finetun
     single = _prepare(model, images[:1])
     _copy_state(training, single)
     single.eval()
-    return convert_pt2e(single)
+    return converted(single)
 
 
 def _prepare(model: nn.Module, example: torch.Tensor) -> Any:

@@ -38,7 +38,7 @@ def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 def attend(q: torch.Tensor, k_t: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """softmax(q k^T + bias) v for q [B, h, N, d], k_t [B, h, d, M], v [B, h, M, d] -> [B, h, N, d].
+    """softmax(q k^T + bias) v for q [B, h, N, d], k_t [B, h, d, M] or [B h, d, M], v [B, h, M, d] -> [B, h, N, d].
 
     bias: broadcast to [B, h, N, M].
     """
@@ -107,6 +107,11 @@ def causal_bias(tokens: int, like: torch.Tensor) -> torch.Tensor:
     return like.new_full((tokens, tokens), float("-inf")).triu(1)
 
 
+def never_pads(block: Any) -> bool:
+    """Whether a Swin block only sees maps that are a multiple of its windows."""
+    return not block.dynamic_mask and not any(n % w for n, w in zip(block.input_resolution, block.window_size))
+
+
 class SplitWindowAttention(nn.Module):
     """The equal of Swin's WindowAttention in eval mode, its relative position bias looked up once, here.
 
@@ -133,11 +138,14 @@ class SplitWindowAttention(nn.Module):
         windows, tokens, _ = x.shape
         joint = x.reshape(windows, tokens, -1)
         q, k, v = (layer(joint).reshape(windows, tokens, self.num_heads, -1) for layer in self.layers())
-        bias = self.bias
-        if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).repeat(windows // mask.shape[0], 1, 1, 1)
-        out = attend(q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3), bias)
+        out = attend(q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3), self.masked(mask, windows))
         return self.proj(out.permute(0, 2, 1, 3).reshape(windows, tokens, -1))
+
+    def masked(self, mask: torch.Tensor | None, windows: int) -> torch.Tensor:
+        """What is added to the logits of B * windows windows."""
+        if mask is None:
+            return self.bias
+        return (self.bias + mask.unsqueeze(1)).repeat(windows // mask.shape[0], 1, 1, 1)
 
     def layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The q, k and v layers."""

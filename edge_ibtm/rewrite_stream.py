@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edge_ibtm.backbones.common import MergedBlocks
 from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
 from edge_ibtm.mergers import IBTM
+from edge_ibtm.rewrite_attention import never_pads
 from edge_ibtm.rewrite_norm import Centred, MeanFreeNorm
 from edge_ibtm.site import Site
 
@@ -61,8 +62,7 @@ def _is_norm(norm: nn.Module) -> bool:
 
 
 def _fold_block(block: Any) -> None:
-    whole = type(block) is Block or not any(n % w for n, w in zip(block.input_resolution, block.window_size))
-    if whole:  # zeros that pad a map stand behind its norm
+    if type(block) is Block or never_pads(block):  # zeros that pad a map stand behind its norm
         readers = [block.attn.qkv, getattr(block.attn, "gate", None)]
         _fold_affine(block.norm1, *(layer for layer in readers if layer is not None))
     _fold_affine(block.norm2, block.mlp.fc1)

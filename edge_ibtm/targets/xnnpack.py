@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from edge_ibtm.rewrite_windows import attention_on_maps
 from edge_ibtm.rewrite_winograd import winograd
 from edge_ibtm.targets.common import Artifact, Backend, lower_program
 from edge_ibtm.targets.lean import lean
@@ -17,7 +19,11 @@ __all__ = ["lower_xnnpack", "run_pte"]
 
 def lower_xnnpack(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> Artifact:
     """Lower to a `.pte` whose delegated parts run in XNNPACK (fp32, or int8 where the graph is quantized)."""
-    return lower_program(model, inputs, path, Backend("xnnpack", _to_edge, lean, winograd))
+    return lower_program(model, inputs, path, Backend("xnnpack", _to_edge, lean, _further))
+
+
+def _further(model: nn.Module) -> nn.Module:
+    return attention_on_maps(winograd(model))
 
 
 def _to_edge(program: torch.export.ExportedProgram) -> Any:
