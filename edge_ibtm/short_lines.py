@@ -46,11 +46,11 @@ def _all_pairs(metric: Tensor) -> Tensor:
     return products.reshape(metric.shape[0], metric.shape[1] ** 2)
 
 
-def less(scores: Tensor, penalty: Tensor) -> Tensor:
+def lowered(scores: Tensor, penalty: Tensor) -> Tensor:
     """scores [R, a, b] less the penalty [R, a + b] of their even tokens."""
     lines, evens, odds = scores.shape
-    lowered = scores.reshape(lines, evens * odds) - penalty @ constant("even_of_pairs", evens + odds, like=scores)
-    return lowered.reshape(scores.shape)
+    flat = scores.reshape(lines, evens * odds) - penalty @ constant("even_of_pairs", evens + odds, like=scores)
+    return flat.reshape(scores.shape)
 
 
 def assign(scores: Tensor, keep: int, drop: bool, ordered: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _MODEL = ("backbones", "checkpoint", "macs*", "stages")
-_MERGE = (*_MODEL, "surgery", "tokens", "constants", "plan", "site", "mergers", "information", "statistics*")
+_MERGE = (*_MODEL, "surgery", "tokens", "short_lines", "constants", "plan", "site", "mergers", "information", "statistics*")
 _TRAIN = ("finetune*",)
 _DATA = ("data*",)
 

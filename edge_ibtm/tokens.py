@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import short_lines
 from .constants import PROTECTED, constant
 from .errors import UsageError
+from .short_lines import assign, cosines, is_short, lowered
 
 _HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
 _EPS = 1e-12
@@ -144,8 +144,8 @@ def interleave(even: Tensor, odd: Tensor) -> Tensor:
 
 def less(scores: Tensor, penalty: Tensor) -> Tensor:
     """scores [R, a, b] less the penalty [R, a + b] of their even tokens."""
-    if short_lines.is_short(penalty.shape[1]):
-        return short_lines.less(scores, penalty)
+    if is_short(penalty.shape[1]):
+        return lowered(scores, penalty)
     return scores - halves(penalty.reshape(*penalty.shape, 1))[0]
 
 
@@ -181,8 +181,8 @@ def unit(x: Tensor) -> Tensor:
 
 def similarity(metric: Tensor) -> Tensor:
     """Cosine similarity [R, ceil(L/2), floor(L/2)] of the even with the odd tokens of metric [R, L, D]."""
-    if short_lines.is_short(metric.shape[1]):
-        return short_lines.cosines(metric)
+    if is_short(metric.shape[1]):
+        return cosines(metric)
     even, odd = halves(unit(metric))
     return float32(even @ odd.transpose(1, 2))
 
@@ -225,8 +225,8 @@ def bipartite(
     length, remove = evens + odds, evens + odds - keep
     _check_reach(length, keep, prefix)
     hard = scores.detach()
-    if short_lines.is_short(length) and not prefix and soft is None:
-        slot, share = short_lines.assign(hard, keep, drop, ordered)
+    if is_short(length) and not prefix and soft is None:
+        slot, share = assign(hard, keep, drop, ordered)
         return Route(slot, keep, hard=share)
     if prefix:
         hard = hard + constant("protect_even", evens, prefix, like=hard)
