@@ -63,15 +63,15 @@ def drop_no_ops(module: GraphModule) -> None:
 
 def drop_ones(program: torch.export.ExportedProgram) -> None:
     """Remove products with constants of ones, the sizes of tokens that have not merged yet; changed in place."""
-    from edge_ibtm.rewrite_share import constant_of
+    from edge_ibtm.rewrite_share import constants_of
 
     graph = program.graph
+    ones = {node for node, value in constants_of(program).items() if bool((value == 1).all())}
     for node in list(graph.nodes):
         if node.target is not aten.mul.Tensor:
             continue
-        for ones, other in (node.args, node.args[::-1]):
-            value = constant_of(program, ones)
-            if value is not None and bool((value == 1).all()) and _same(node, other):
+        for factor, other in (node.args, node.args[::-1]):
+            if factor in ones and _same(node, other):
                 node.replace_all_uses_with(other)
                 graph.erase_node(node)
                 break

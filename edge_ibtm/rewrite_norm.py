@@ -23,19 +23,29 @@ class MeanFreeNorm(nn.LayerNorm):
         return made.train(norm.training)
 
 
-class Centred(nn.Module):
-    """x [..., D] less its mean over the last axis; D and the dtype are those of a LayerNorm."""
+class Mean(nn.Module):
+    """The mean [..., 1] of x [..., D], in x's dtype and on its device."""
 
     row: torch.Tensor
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        dim = norm.normalized_shape[0]
-        like = next(norm.parameters(), torch.empty(0))
-        self.register_buffer("row", torch.full((1, dim), 1.0 / dim, dtype=like.dtype, device=like.device))
+        self.register_buffer("row", torch.full((1, dim), 1.0 / dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x - F.linear(x, self.row)
+        fits = self.row.dtype == x.dtype and self.row.device == x.device  # else the graph would hold a conversion
+        return F.linear(x, self.row if fits else torch.full_like(self.row, 1.0 / x.shape[-1], dtype=x.dtype, device=x.device))
+
+
+class Centred(nn.Module):
+    """x [..., D] less its mean over the last axis."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mean = Mean(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - self.mean(x)  # type: ignore[no-any-return]
 
 
 class LinearNorm(nn.Module):
@@ -44,7 +54,6 @@ class LinearNorm(nn.Module):
     mean_free: x has mean zero already.
     """
 
-    row: torch.Tensor
     weight: torch.Tensor | None
     bias: torch.Tensor | None
 
@@ -53,8 +62,7 @@ class LinearNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.eps, self.mean_free = dim, eps, mean_free
-        like = weight if weight is not None else torch.empty(0)
-        self.register_buffer("row", torch.full((1, dim), 1.0 / dim, dtype=like.dtype, device=like.device))
+        self.mean = Mean(dim)
         self.register_buffer("weight", None if weight is None else weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -69,8 +77,8 @@ class LinearNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}, mean_free={self.mean_free}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        centred = x if self.mean_free else x - F.linear(x, self.row)
-        variance = F.linear(centred * centred, self.row)
+        centred = x if self.mean_free else x - self.mean(x)
+        variance = self.mean(centred * centred)
         normed = centred * torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             normed = normed * self.weight

@@ -62,21 +62,20 @@ def _constants_alike(program: torch.export.ExportedProgram) -> dict[Node, Node]:
     """Small constants -> the first one of equal content."""
     first: dict[Any, Node] = {}
     alike: dict[Node, Node] = {}
-    for node in program.graph.find_nodes(op="placeholder"):
-        value = constant_of(program, node)
-        if value is not None and value.numel() <= _SMALL:
+    for node, value in constants_of(program).items():
+        if value.numel() <= _SMALL:
             key = value.dtype, tuple(value.shape), bytes(value.cpu().contiguous().reshape(-1).view(torch.uint8).tolist())
             alike[node] = first.setdefault(key, node)
     return alike
 
 
-def constant_of(program: torch.export.ExportedProgram, node: Any) -> torch.Tensor | None:
-    """The tensor that a graph's input stands for; None for a user's input, a parameter (it may be trained) or another node."""
+def constants_of(program: torch.export.ExportedProgram) -> dict[Node, torch.Tensor]:
+    """The graph's inputs that stand for constants and buffers; no parameters, which may be trained."""
     signature = program.graph_signature
     names = {**signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_buffers}
-    name = names.get(getattr(node, "name", ""), "")
-    value = program.constants.get(name, program.state_dict.get(name))
-    return value if isinstance(value, torch.Tensor) else None
+    known = {**program.state_dict, **program.constants}
+    nodes = {node: known.get(names.get(node.name, "")) for node in program.graph.find_nodes(op="placeholder")}
+    return {node: value for node, value in nodes.items() if isinstance(value, torch.Tensor)}
 
 
 def _frozen(value: Any, alike: dict[Node, Node]) -> Any:

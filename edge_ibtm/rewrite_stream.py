@@ -67,9 +67,10 @@ def _fold_block(block: Any) -> None:
         _fold_affine(block.norm1, *(layer for layer in readers if layer is not None))
     _fold_affine(block.norm2, block.mlp.fc1)
     for scale, layer in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
-        if type(getattr(block, scale, None)) is layers.LayerScale:
-            _set(layer, layer.weight.double() * getattr(block, scale).gamma.double()[:, None],
-                 None if layer.bias is None else layer.bias.double() * getattr(block, scale).gamma.double())  # fmt: skip
+        module = getattr(block, scale, None)
+        if type(module) is layers.LayerScale:
+            gamma = module.gamma.double()
+            _set(layer, layer.weight.double() * gamma[:, None], None if layer.bias is None else layer.bias.double() * gamma)
             setattr(block, scale, nn.Identity())
 
 
@@ -141,7 +142,7 @@ def _free_mobilevit(block: Any) -> None:
         return
     density = getattr(block, "density", "once")
     if density == "stage":
-        block.centre = Centred(block.norm)
+        block.centre = Centred(block.norm.normalized_shape[0])
     elif density == "once" and type(block.conv_1x1) is nn.Conv2d:
         _centre(block.conv_1x1)
         block.norm = MeanFreeNorm.of(block.norm)

@@ -51,6 +51,12 @@ def test_a_vit_has_no_means_and_no_scales_left(options, merger):
     assert max(means_of_inputs(twin, images)) < 1e-4
 
 
+def test_a_model_in_double_precision_stays_so():
+    model, images = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        assert sqnr(model(images), prepare_for_export(model)(images)) >= 200
+
+
 @pytest.mark.parametrize("why", ["norms of tokens count", "features are asked for", "tokens are normed before the blocks"])
 def test_a_stream_that_something_else_reads_keeps_its_means(why):
     model, images = vit(pre_norm=why.startswith("tokens")), torch.randn(2, 3, 32, 32)
