@@ -10,7 +10,6 @@ import errno
 import os
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 
 import typer
 
@@ -37,8 +36,7 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 
 for _part in PARTS:
-    if find_spec(f"edge_ibtm.{_part}"):
-        import_module(f"edge_ibtm.{_part}").register(app)
+    import_module(f"edge_ibtm.{_part}").register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,14 +48,16 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ["EDGE_IBTM_DEBUG"] = "1"  # for worker processes
     else:
         _quiet()
+    resumes = given[:1] in (["compress"], ["train"])
+    interrupted = "interrupted; the same command resumes where it stopped" if resumes else "interrupted"
     try:
         app(given, prog_name="edge-ibtm")
     except SystemExit as leave:
         if leave.code == 130:
-            _say("interrupted; the same command resumes where it stopped")
+            _say(interrupted)
         raise
     except KeyboardInterrupt:
-        _say("interrupted; the same command resumes where it stopped")
+        _say(interrupted)
         sys.exit(130)
     except EdgeIBTMError as err:
         if debug:
@@ -88,7 +88,7 @@ def explain(err: OSError) -> str:
     if err.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the device{where}; free some or choose another --out, then run the same command again"
     if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"not allowed to write{where} ({err.strerror}); choose another --out"
+        return f"not allowed to read or write{where} ({err.strerror}); change its permissions, or choose another --out"
     return f"{err.strerror or err}{where}"
 
 

@@ -5,12 +5,9 @@ heavy.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 runner_app = typer.Typer(no_args_is_help=True, help="Build the C++ latency runner that probes run on a phone.")
 
@@ -49,7 +46,7 @@ def probe(
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the results here")] = None,
 ) -> None:
-    """Latency of artifacts or models: p50, p90, p99 with an interval; the last line is JSON."""
+    """Latency of artifacts or models: p50, p90, p99 with an interval; the last line is JSON. Exit 1 for wrong outputs."""
     from edge_ibtm import cli_probe
 
     settings = cli_probe.Settings(
@@ -59,9 +56,11 @@ def probe(
         runner=runner, import_file=import_file,
     )  # fmt: skip
     run = cli_probe.run(settings)
+    typer.echo(cli_probe.report(run))
     if json_path:
         cli_probe.write(json_path, run.model_dump_json(indent=1))
-    typer.echo(cli_probe.report(run))
+    if any(result.parity is not None and not result.parity.ok for result in run.results):
+        raise typer.Exit(1)
 
 
 def compare(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +102,7 @@ def _probe_model(settings: Settings, options: ProbeOptions) -> ProbeRun:
         example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     device = "cuda" if settings.target == "cuda" else "cpu"
     return probe_models(
-        [model], (example,), device=device, threads=settings.threads, compiled=settings.compiled, options=options
+        [model], [(example,)], device=device, threads=settings.threads, compiled=settings.compiled, options=options
     )
 
 
@@ -217,8 +215,7 @@ def _latency_lines(result: Latency) -> list[str]:
 
 def write(path: Path, text: str) -> None:
     """Write a results file whole or not at all."""
+    from edge_ibtm.cache import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as out:
-        out.write(text + "\n")
-    os.replace(name, path)
+    write_text(path, text + "\n")

@@ -127,6 +127,10 @@ def verify_command(
     given = _images(inputs)
     eager = None if model is None else _build(model, weights, classes, img_size, (merger, keep_ratio))
     if arch is not None:
+        if given is None and eager is not None:
+            from edge_ibtm.check import example_for
+
+            given = example_for(eager, img_size)
         _verify_arch(arch, artifact, given, eager)
         return
     from edge_ibtm.verify import Limits
@@ -195,7 +199,6 @@ def _verify_arch(arch: str, artifact: Path, images: Any, model: nn.Module | None
         raise UsageError(f"unknown --arch {arch!r}; known: aarch64")
     import torch
 
-    from edge_ibtm.check import example_for
     from edge_ibtm.cli_probe import report
     from edge_ibtm.probe.emulated import verify_aarch64
     from edge_ibtm.probe.schema import ProbeRun
@@ -204,7 +207,6 @@ def _verify_arch(arch: str, artifact: Path, images: Any, model: nn.Module | None
     path = check_pte(artifact)
     expected = None
     if model is not None:
-        images = example_for(model, None) if images is None else images
         with torch.no_grad():
             expected = [model(images)]
     result = verify_aarch64(path, None if images is None else [images], expected)

@@ -36,7 +36,8 @@ class FinetuneConfig:
     unmerged_epochs: epochs before `merge` is applied (training from scratch). augment: for tensor data sets without
     transforms of their own. precision: fp32, bf16 or fp16 autocast. device: auto or cpu.
     checkpoint_seconds: at most this long between checkpoints; 0: at every step.
-    max_bad_steps: non-finite gradients in a row before the run is given up.
+    max_bad_steps: non-finite gradients in a row before the run is given up. of: what else a checkpoint belongs to, such as
+    a hash of the recipe's model, data and mergers; one of something else is refused.
     """
 
     epochs: int = 1
@@ -77,6 +78,7 @@ class FinetuneConfig:
     tensorboard: bool = False
     log_every: int = 20
     max_bad_steps: int = 10
+    of: str = ""
 
     def check(self) -> None:
         """Raise UsageError that names every value that cannot be."""

@@ -54,6 +54,7 @@ def train_config(recipe: Recipe, options: TrainOptions) -> FinetuneConfig:
         workers=recipe.data.workers,
         unmerged_epochs=_unmerged_epochs(section.epochs, options),
         checkpoint_dir=options.out,
+        of=recipe.model_dump_json(include={"model", "merge", "data"}, exclude={"data": {"workers", "check"}}),
     )
 
 

@@ -48,7 +48,17 @@ def all_gates(recipe: Recipe, done: Mapping[str, Entry], products: list[Any]) ->
         checked = done[f"verify-{product.name}"].record
         if checked["verified"]:
             gates += _artifact_gates(recipe, product, checked, done[product.stage].record)
-    return gates
+    return gates + _device_gates(done)
+
+
+def _device_gates(done: Mapping[str, Entry]) -> list[Gate]:
+    """Where artifacts were probed on another device than this: whether its outputs are right."""
+    results = done["probe"].record["run"]["results"] if "probe" in done else []
+    return [
+        Gate(f"{result['model']} on {result['device']['name']}: outputs right", float(result["parity"]["ok"]), 1, "", True)
+        for result in results
+        if result.get("parity") is not None
+    ]
 
 
 def _artifact_gates(recipe: Recipe, product: Any, checked: Mapping[str, Any], source: Mapping[str, Any]) -> list[Gate]:

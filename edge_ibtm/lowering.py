@@ -23,7 +23,8 @@ MEMORY_PER_JOB = 4 * 2**30
 
 @dataclass(frozen=True)
 class LowerJob:
-    """One artifact to make: from weights of a model spec, or from a converted graph (.pt2)."""
+    """One artifact to make: from weights of a model spec, or from a converted graph (.pt2). options: what `lower` takes,
+    calibration images as the name of their file."""
 
     source: str
     output: str
@@ -125,7 +126,10 @@ def carry_out(job: LowerJob) -> dict[str, Any]:
     source = Path(job.source)
     model = load_converted(source) if source.suffix == ".pt2" else build(spec, source)
     example = torch.rand(1, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
-    artifact = lower(model, example, job.output, target=job.target, **job.options)
+    options = dict(job.options)
+    if "calibration" in options:
+        options["calibration"] = torch.load(options["calibration"], weights_only=True)
+    artifact = lower(model, example, job.output, target=job.target, **options)
     figures = asdict(artifact)
     figures["path"] = Path(job.output).name
     return {**figures, "lowering_seconds": time.monotonic() - start}

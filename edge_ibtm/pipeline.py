@@ -97,8 +97,9 @@ class Run:
         inputs = {
             "model": recipe.model.model_dump(),
             "weights": self._weights_hash(),
-            "merger": recipe.merge.merger,
+            "merge": recipe.merge.model_dump(),
             "targets": recipe.lower.targets,
+            "device": recipe.probe.device,
         }
         stage = Stage("check", inputs, SOURCES["check"])
         entry = self.cache.find(stage)
@@ -183,7 +184,8 @@ class Run:
             self.watch.skipped("probe", "no artifact that this host can run")
             return
         names = [f"lower-{p.name}" for p in found]
-        inputs = {**self.recipe.probe.model_dump(), "host": host_facts(), "order": names, **self.digest(*names)}
+        section = self.recipe.probe
+        inputs = {**section.model_dump(), "on": device_facts(section.device), "order": names, **self.digest(*names)}
         self.stage("probe", inputs, lambda f: make_probe(context, found, f))
 
     # --- keys -----------------------------------------------------------------------------------------------------
@@ -201,17 +203,25 @@ class Run:
         return Stage(f"lower-{product.name}", self._lower_inputs(product), SOURCES["lower"])
 
 
-def host_facts() -> dict[str, Any]:
-    """What decides latency on this host: CPU, cores, operating system."""
+def device_facts(device: str) -> dict[str, Any]:
+    """What decides latency on a device: which phone, or this host's CPU, cores and operating system."""
     import platform
 
+    from edge_ibtm.probe.adb import choose_device
     from edge_ibtm.probe.facts import cpu_model, usable_cores
 
+    kind, _, serial = device.partition(":")
+    if kind == "android":
+        return {"phone": choose_device(serial or None).serial}
     return {"cpu": cpu_model(), "cores": usable_cores(), "system": platform.platform()}
 
 
 def publish(folder: Path, products: list[Any], done: dict[str, Entry]) -> None:
-    """Put the artifacts into the run directory under their plain names; whole or absent."""
+    """Put the artifacts into the run directory under their plain names, whole or absent, in place of an earlier recipe's."""
+    names, suffixes = {product.file for product in products}, set(done["check"].record["suffixes"].values())
+    for old in [*folder.glob("base.*.*"), *folder.glob("merged.*.*")]:
+        if old.suffix in suffixes and old.name not in names:
+            _remove(old)
     for product in products:
         source = done[f"lower-{product.name}"].file(product.file)
         final = folder / product.file

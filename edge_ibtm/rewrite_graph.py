@@ -128,7 +128,8 @@ def pads_as_concatenations(module: GraphModule) -> None:
     """
     graph = module.graph
     for node in list(graph.nodes):
-        if node.target is not aten.pad.default or (len(node.args) > 2 and node.args[2] != "constant"):
+        how = dict(zip(("mode", "value"), node.args[2:]))
+        if node.target is not aten.pad.default or how.get("mode", "constant") != "constant" or how.get("value"):
             continue
         value, shape = node.args[0], list(node.args[0].meta["val"].shape)
         with graph.inserting_before(node):

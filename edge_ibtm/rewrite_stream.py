@@ -125,7 +125,7 @@ def _free_vit(vit: Any) -> None:
     plain = all(type(b) is Block and _is_plain(b) for b in blocks) and type(embed.proj) is nn.Conv2d
     if not (plain and _sites_allow(vit) and _is_norm(vit.norm)):
         return
-    if not (isinstance(embed.norm, nn.Identity) and isinstance(vit.norm_pre, nn.Identity)):
+    if not (isinstance(getattr(embed, "norm", None), nn.Identity) and isinstance(vit.norm_pre, nn.Identity)):
         return
     _centre(embed.proj)
     for name in ("cls_token", "reg_token", "pos_embed"):

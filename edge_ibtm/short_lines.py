@@ -16,6 +16,11 @@ SHORT = 8
 _EPS = 1e-12
 
 
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a type; no operator in the graph when it has it already."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def is_short(length: int) -> bool:
     """Whether a graph is exported and lines of `length` tokens are handled here."""
     return torch.compiler.is_exporting() and length <= SHORT
@@ -41,14 +46,14 @@ def squared_lengths(metric: Tensor) -> Tensor:
 
 def _all_pairs(metric: Tensor) -> Tensor:
     """Products [R, L * L] in float32 of all tokens of a line with each other."""
-    products = metric @ metric.transpose(1, 2)
-    products = products if products.dtype == torch.float32 else products.float()
+    products = as_type(metric @ metric.transpose(1, 2), torch.float32)
     return products.reshape(metric.shape[0], metric.shape[1] ** 2)
 
 
 def lowered(scores: Tensor, penalty: Tensor) -> Tensor:
     """scores [R, a, b] less the penalty [R, a + b] of their even tokens."""
     lines, evens, odds = scores.shape
+    penalty = as_type(penalty, scores.dtype)
     flat = scores.reshape(lines, evens * odds) - penalty @ constant("even_of_pairs", evens + odds, like=scores)
     return flat.reshape(scores.shape)
 

@@ -59,24 +59,26 @@ class Context:
 
 
 def preflight(recipe: Recipe) -> dict[str, Any]:
-    """Fail before any work: unknown model, merger, target; weights that cannot be read. Returns target -> suffix.
+    """Fail before any work: unknown model, merger, target or device; weights that cannot be read; mergers that do not fit
+    the model. Returns target -> suffix.
 
     Errors: UsageError.
     """
-    import timm
-
-    from edge_ibtm.backbones import model_names
-    from edge_ibtm.mergers import MERGERS
+    from edge_ibtm.backbones import build_model
+    from edge_ibtm.data import view_of
+    from edge_ibtm.surgery import insert_mergers
     from edge_ibtm.targets import TARGETS
 
-    if not timm.is_model(recipe.model.name):
-        raise UsageError(f"unknown model {recipe.model.name!r}; {suggest(recipe.model.name, model_names())}")
-    for part in recipe.merge.merger.split("+"):
-        lookup("merger", part, MERGERS)
+    size = recipe.model.img_size
+    model = build_model(recipe.model.name, img_size=size)
+    insert_mergers(model, **recipe.merge.model_dump(), img_size=view_of(recipe.model.name, size).img_size)
     for target in recipe.lower.targets:
         lookup("target", target, TARGETS)
     if recipe.model.weights not in (None, "pretrained"):
         read_state(str(recipe.model.weights))
+    kind = recipe.probe.device.partition(":")[0]
+    if kind not in ("host", "android"):
+        raise UsageError(f"probe.device {recipe.probe.device!r} runs no .pte; {suggest(kind, ['host', 'android'])}")
     return {"suffixes": {name: target.suffix for name, target in TARGETS.items()}}
 
 
@@ -85,8 +87,9 @@ def make_data(context: Context, folder: Path) -> dict[str, Any]:
     import json
 
     from edge_ibtm.cache import write_text
+    from edge_ibtm.data_sources import fingerprint
 
-    data = context.data
+    data, section = context.data, context.recipe.data
     wanted = context.recipe.model.num_classes
     if wanted is not None and wanted != data.num_classes:
         raise UsageError(
@@ -96,12 +99,14 @@ def make_data(context: Context, folder: Path) -> dict[str, Any]:
     parts = {"train": data.train, "calibration": data.calibration, "test": data.test}
     write_text(folder / "splits.json", json.dumps({k: v.names() for k, v in parts.items()}, indent=0))
     return {
-        "source": context.recipe.data.source or "built-in demo set: scikit-learn digits, 8x8 grey, upscaled",
+        "source": section.source or "built-in demo set: scikit-learn digits, 8x8 grey, upscaled",
         "classes": list(data.class_names),
         "images": {k: len(v) for k, v in parts.items()},
         "img_size": data.img_size,
         "mean": list(data.mean),
         "std": list(data.std),
+        "files": fingerprint(section),  # with augment: later stages, which read this record, see what they are trained on
+        "augment": section.augment.model_dump(),
     }
 
 

@@ -58,24 +58,36 @@ def make_lower(context: Context, product: Product, folder: Path, workers: Worker
     source = entry.file(CONVERTED if product.stage == "quantize" else WEIGHTS)
     spec = context.spec("finetune" if product.stage == "quantize" else product.stage)
     job = LowerJob(
-        str(source), str(folder / product.file), product.target, spec.to_json(), _options(context, product)
+        str(source), str(folder / product.file), product.target, spec.to_json(), _options(context, product, folder)
     )
     return run_job(job, workers)
 
 
-def _options(context: Context, product: Product) -> dict[str, Any]:
+def _options(context: Context, product: Product, folder: Path) -> dict[str, Any]:
     if product.target != "coreml":
         return {}
     data, merge = context.done["data"].record, context.recipe.merge
     share = f"keep ratio {merge.keep_ratio}" if merge.macs is None else f"{merge.macs} of the base's MACs"
     described = f"{context.recipe.model.name}, tokens merged by {merge.merger} at {share}"
+    calibration = {"calibration": _calibration_file(context, folder)} if product.precision == "w8a8" else {}
     return {
+        **calibration,
         "precision": product.precision,
         "class_names": data["classes"],
         "mean": data["mean"],
         "std": data["std"],
         "metadata": {"author": "edge_ibtm", "description": described, "version": "1"},
     }
+
+
+def _calibration_file(context: Context, folder: Path) -> str:
+    """The calibration images in a file that the worker reads; it goes when the stage is complete."""
+    import torch
+
+    file, images = folder / "scratch" / "calibration.pt", context.data.calibration
+    file.parent.mkdir(exist_ok=True)
+    torch.save(torch.stack([images[i][0] for i in range(len(images))]), file)
+    return str(file)
 
 
 def make_verify(context: Context, product: Product, folder: Path) -> dict[str, Any]:

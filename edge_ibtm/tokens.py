@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .constants import PROTECTED, constant
 from .errors import UsageError
-from .short_lines import assign, cosines, is_short, lowered
+from .short_lines import as_type, assign, cosines, is_short, lowered
 
 _HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
 _EPS = 1e-12
@@ -46,11 +46,6 @@ class Route:
         positions = constant("positions", self.keep, like=self.slot)
         hard = torch.clamp(1.0 - torch.abs(self.slot - positions), 0.0, 1.0)
         return hard if self.soft is None else hard + self.soft
-
-
-def float32(x: Tensor) -> Tensor:
-    """x in float32; no operator in the graph when it is already."""
-    return x if x.dtype == torch.float32 else x.float()
 
 
 def kept_tokens(tokens: int, keep_ratio: float, prefix: int = 0) -> int:
@@ -184,7 +179,7 @@ def similarity(metric: Tensor) -> Tensor:
     if is_short(metric.shape[1]):
         return cosines(metric)
     even, odd = halves(unit(metric))
-    return float32(even @ odd.transpose(1, 2))
+    return as_type(even @ odd.transpose(1, 2), torch.float32)
 
 
 def _slots(kept: Tensor) -> Tensor:
@@ -198,7 +193,7 @@ def keep_top(scores: Tensor, keep: int, prefix: int = 0, soft: Tensor | None = N
     soft: optional [R, L] probabilities of being kept, for straight-through training.
     """
     lines, length = scores.shape
-    values = float32(scores.detach()).reshape(lines, length, 1)
+    values = as_type(scores.detach(), torch.float32).reshape(lines, length, 1)
     if prefix:
         values = values + PROTECTED * constant("head", length, prefix, like=values).reshape(length, 1)
     kept = torch.clamp(float(keep) - rank(values), 0.0, 1.0).reshape(lines, 1, length)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edge_ibtm.errors import GateError, UsageError
-from edge_ibtm.targets.common import Artifact, check_example
+from edge_ibtm.targets.common import Artifact, check_example, first_line
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def verify(
     batches = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     run = runner_of(path, check_example(batches)[0], isolated)
     with torch.no_grad():
-        wanted = [run_reference(reference, batch) for batch in batches]
-        got = [run(batch) for batch in batches]
-    return compare_outputs(torch.cat(wanted), torch.cat(got), limits or Limits())
+        wanted = torch.cat([run_reference(reference, batch) for batch in batches])
+        got = run(torch.cat(batches))
+    return compare_outputs(wanted, got, limits or Limits())
 
 
 def run_reference(reference: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -88,14 +88,24 @@ def runner_of(path: Path, sample: torch.Tensor, isolated: bool = False) -> Any:
 
         return partial(run_isolated, path) if isolated else batch_runner(path)
     if path.suffix == ".pt2":
-        module = torch.export.load(path).module()
-        size = sample.shape[0]
-        return lambda images: torch.cat([_first(module(piece)) for piece in images.split(size)])
+        return _program_runner(path)
     if path.suffix == ".mlpackage":
         from edge_ibtm.targets.coreml import run_mlpackage
 
         return lambda images: run_mlpackage(path, images)
     raise UsageError(f"cannot verify {path}: a .pte, .pt2 or .mlpackage is needed")
+
+
+def _program_runner(path: Path) -> Any:
+    """The runner of a `.pt2`, in pieces of the batch it was exported with."""
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}")
+    try:
+        module: Any = torch.export.load(path).module()
+    except Exception as error:  # whatever the archive's reader says
+        why = first_line(error)
+        raise UsageError(f"{path} is no exported program (.pt2) that torch {torch.__version__} reads: {why}") from error
+    return lambda images: run_reference(module, images)
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -65,6 +65,11 @@ def test_list_shows_models_mergers_targets(capsys: pytest.CaptureFixture[str]) -
         (["--data", "/no/such/folder"], "no data at '/no/such/folder'"),
         (["--weights", "/no/such.pth"], "no weights file"),
         (["--epochs"], ""),
+        (["--model", "mobilevit_s", "--merger", "evit"], "evit"),
+        (["--model", "vit_tiny_patch16_224", "merge.density=progressive"], "density"),
+        (["merge.macs=0.01"], "0.01"),
+        (["--device", "andriod"], "did you mean 'android"),
+        (["--device", "cuda"], "runs no .pte"),
     ],
 )
 def test_bad_requests_exit_2_with_one_message(

@@ -86,6 +86,14 @@ def test_recipe_fine_tunes_on_fake_data(name: str, images: Path, tmp_path: Path)
     two_steps(name, TWINS.get(name.removeprefix("imagenet/"), own), images, tmp_path / "out", from_scratch=False)
 
 
+@pytest.mark.parametrize("change", ["merge.keep_ratio=0.5", "data.augment.re_prob=0.3", "model.weights=other.pth"])
+def test_a_checkpoint_of_another_recipe_is_not_taken(change: str, tmp_path: Path) -> None:
+    names = [train_config(load_recipe("imagenet/mobilevit_s", more), TrainOptions(out=tmp_path)).of for more in ([], [change])]
+    assert names[0] != names[1]
+    same = train_config(load_recipe("imagenet/mobilevit_s", ["data.workers=7"]), TrainOptions(out=tmp_path))
+    assert same.of == names[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilevit_xs", "efficientvit_b1_224", "vit_small"])
 def test_recipe_trains_from_scratch_on_fake_data(name: str, images: Path, tmp_path: Path) -> None:

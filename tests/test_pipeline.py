@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 
-from edge_ibtm import pipeline, stages, stages_artifact
-from edge_ibtm.cache import Cache, Stage, locked
+from edge_ibtm import build_model, pipeline, stages, stages_artifact
+from edge_ibtm.cache import Cache, Entry, Stage, locked
+from edge_ibtm.checkpoint import save_state
 from edge_ibtm.config import Recipe, parse_recipe
 from edge_ibtm.errors import EdgeIBTMError, GateError, UsageError
-from edge_ibtm.lowering import LowerJob, Workers, parallel_jobs, run_job
+from edge_ibtm.lowering import LowerJob, Workers, carry_out, parallel_jobs, run_job
+from edge_ibtm.probe import adb
+from edge_ibtm.targets.common import Artifact
 from edge_ibtm.watch import Watch
 
 SPEC = {"name": "mobilevit_xxs", "num_classes": 10, "img_size": 64, "merge": None}
@@ -124,6 +127,60 @@ def test_keep_ratio_redoes_only_what_depends_on_it(fake: FakeStages, tmp_path: P
     fake.calls.clear()
     pipeline.compress(recipe(), tmp_path)
     assert fake.calls == [], "the first ratio's entries are still there"
+
+
+def test_artifacts_of_an_earlier_recipe_go(fake: FakeStages, tmp_path: Path) -> None:
+    pipeline.compress(recipe(), tmp_path)
+    (tmp_path / "merged.notes.txt").write_text("mine")
+    pipeline.compress(recipe(quantize={"scheme": "none"}, lower={"targets": ["xnnpack"], "base": False}), tmp_path)
+    assert [p.name for p in sorted(tmp_path.glob("*.*.*"))] == ["merged.notes.txt", "merged.xnnpack.fp32.pte"]
+
+
+def test_wrong_outputs_on_a_device_miss_a_gate(fake: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {"reference": "this host", "max_abs": 1.0, "identical": False, "ok": False}
+    result = {**LATENCY, "model": "merged", "parity": wrong}
+    run = {"results": [result] * 3, "ratios": [{"value": 0.5}] * 2}
+    monkeypatch.setattr(stages_artifact, "make_probe", lambda c, found, f: {"names": [p.name for p in found], "run": run})
+    with pytest.raises(GateError, match="3 gates missed: merged on x: outputs right"):
+        pipeline.compress(recipe(), tmp_path).require()
+
+
+def test_latency_of_another_phone_is_not_this_ones(fake: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for serial in ("one", "two", "two"):
+        monkeypatch.setattr(adb, "choose_device", lambda wanted, s=serial: adb.Adb(s, "adb"))
+        pipeline.compress(recipe(probe={"device": "android"}), tmp_path)
+    assert fake.calls.count("probe") == 2
+
+
+def test_what_images_are_trained_on_is_in_the_data_record(tmp_path: Path) -> None:
+    """Later stages see the data stage by its record and files."""
+    plain, augmented = (
+        stages.make_data(stages.Context(parse_recipe({**REAL, "data": {**REAL["data"], **more}}), Watch()), tmp_path)
+        for more in ({}, {"augment": {"re_prob": 0.5}})
+    )
+    assert plain != augmented and {**plain, "augment": augmented["augment"]} == augmented and plain["files"]
+
+
+def test_w8a8_gets_its_calibration_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def lower(model: Any, example: Any, output: str, *, target: str, **options: Any) -> Any:
+        seen.update(options)
+        return Artifact(Path(output), target, 1, 1, 1, 0, "0" * 64)
+
+    monkeypatch.setattr("edge_ibtm.targets.lower", lower)
+    monkeypatch.setattr(stages_artifact, "run_job", lambda job, workers: carry_out(job))
+    chosen = parse_recipe({**REAL, "lower": {"targets": ["coreml"], "coreml_precision": "w8a8"}})
+    context = stages.Context(chosen, Watch())
+    (product,) = stages_artifact.products(chosen, {"coreml": ".mlpackage"})
+    for name in ("data", "finetune"):
+        folder = tmp_path / name
+        folder.mkdir()
+        record = stages.make_data(context, folder) if name == "data" else {"spec": SPEC}
+        context.done[name] = Entry(name, "", folder, record, "")
+    save_state(build_model("mobilevit_xxs", num_classes=10), tmp_path / "finetune" / stages.WEIGHTS)
+    stages_artifact.make_lower(context, product, tmp_path, Workers(set()))
+    assert seen["precision"] == "w8a8" and seen["calibration"].shape == (4, 3, 64, 64)
 
 
 def test_gates_limits_and_report_are_not_part_of_any_key(fake: FakeStages, tmp_path: Path) -> None:

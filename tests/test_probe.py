@@ -135,6 +135,8 @@ def test_bad_requests() -> None:
         probe("x.pte", torch.zeros(1), device="hots")
     with pytest.raises(UsageError, match="samples = 0"):
         ProbeOptions(samples=0)
+    with pytest.raises(UsageError, match="--device mac.*edge-ibtm verify"):
+        probe("merged.coreml.fp16.mlpackage", None)
     with pytest.raises(UsageError, match="nothing to probe"):
         probe_many([], torch.zeros(1))
     with pytest.raises(UsageError, match="threads = 0"):
@@ -150,6 +152,18 @@ def test_models_in_torch() -> None:
     assert slow.p50_ms > run.results[0].p50_ms
     assert slow.device.runtime.startswith("torch 2.") and slow.load_ms is None
     assert torch.get_num_threads() == before
+
+
+def test_every_model_gets_its_own_example() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Sees(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(tuple(x.shape))
+            return x
+
+    probe_many([Sees(), Sees()], [torch.zeros(1, 2), torch.zeros(1, 3)], threads=1, options=QUICK)
+    assert set(seen) == {(1, 2), (1, 3)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -159,3 +159,14 @@ def test_a_swin_that_pads_its_windows_loads_in_int8(side, tmp_path):
     images = torch.randn(4, 3, side, side)
     artifact = lower(quantize(model, [images[:1]]), images[:1], tmp_path / "swin.pte")
     assert verify(model, artifact, images).sqnr_db > 5
+
+
+def test_padding_with_something_else_is_left():
+    class Padded(torch.nn.Module):
+        def forward(self, x):
+            return F.pad(x, (1, 1), value=-2.0)
+
+    x = torch.randn(1, 3, 4, 5)
+    graph = torch.export.export(Padded(), (x,)).module()
+    pads_as_concatenations(graph)
+    assert torch.equal(graph(x), Padded()(x))

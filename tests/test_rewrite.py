@@ -147,6 +147,19 @@ def test_window_attention(masked):
         torch.testing.assert_close(SplitWindowAttention.of(attn)(x, mask=mask), attn(x, mask=mask), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mobilevit", "swin"])
+def test_merged_models_in_half_precision_export(name):
+    model, size = BACKBONES[name].twin()
+    model, images = edge_ibtm.insert_mergers(model, keep_ratio=0.7).half(), torch.randn(1, 3, size, size).half()
+    with torch.no_grad():
+        assert sqnr(model(images).float(), export_rewritten(model, (images,)).module()(images).float()) >= 30
+
+
+def test_patches_that_do_not_fill_the_image_stay_a_convolution():
+    embed, images = shaken(PatchEmbed(img_size=18, patch_size=4, embed_dim=12)), torch.randn(1, 3, 18, 18)
+    assert LinearPatches.of(embed) is embed and embed(images).shape == (1, 16, 12)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"norm_layer": nn.LayerNorm}, {"output_fmt": "NHWC"}, {"patch_size": (2, 8)}])
 def test_patches(options, batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -107,3 +109,11 @@ def test_blocks_of_another_kind_are_left_alone():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     lighten_norms(model)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_patches_of_a_network_keep_their_means():
+    """timm's hybrids embed patches of a convolutional network's map; that module has no norm to look at."""
+    embed = partial(timm.layers.HybridEmbed, nn.Conv2d(3, 8, 3, stride=2, padding=1))
+    model, images = vit(embed_layer=embed), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert sqnr(model(images), prepare_for_export(model)(images)) >= 100

@@ -17,6 +17,7 @@ from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.check import check
 from edge_ibtm.cli import app
 from edge_ibtm.errors import EdgeIBTMError, GateError, UsageError
+from edge_ibtm.quantize import quantize
 from edge_ibtm.targets import TARGETS, lower
 from edge_ibtm.targets.common import replacing
 from edge_ibtm.targets.lean import lean
@@ -116,6 +117,8 @@ def test_bad_files_and_inputs(lowered, tmp_path):
             run_pte(path, x)
     with pytest.raises(UsageError, match=r"shape \(1, 3, 32, 31\)"):
         run_pte(lowered.path, x[..., :31])
+    with pytest.raises(UsageError, match="torch.float64, the artifact takes .* torch.float32"):
+        run_pte(lowered.path, x.double())
     with pytest.raises(UsageError, match="1 inputs, got 2"):
         run_pte(lowered.path, (x, x))
     with pytest.raises(UsageError, match="must be a tensor"):
@@ -195,7 +198,28 @@ def test_portable_and_torch_targets_run(vit, tmp_path):
     assert portable.subgraphs == 0 and "aten::bmm.out" in operators_of(portable.path)
     assert verify(model, portable, x).sqnr_db >= 100
     plain = lower(model, x, tmp_path / "p.pt2", target="torch")
-    assert verify(model, plain, x).sqnr_db >= 100
+    assert verify(model, plain, torch.cat([x, 2 * x])).sqnr_db >= 100
+    (tmp_path / "foreign.pt2").write_bytes(b"nothing")
+    for name, message in (("foreign", "no exported program"), ("none", "no such file")):
+        with pytest.raises(UsageError, match=message):
+            verify(model, tmp_path / f"{name}.pt2", x)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic"])
+def test_the_portable_target_runs_8_bit_graphs(vit, scheme, tmp_path):
+    model, size = vit
+    x = torch.randn(1, 3, size, size)
+    graph = quantize(model, [x], scheme=scheme)
+    artifact = lower(graph, x, tmp_path / "p.pte", target="portable")
+    assert missing_kernels(artifact.path) == [] and verify(graph, artifact, x).sqnr_db >= 100
+
+
+def test_all_images_of_a_verification_go_through_one_process(vit, lowered, monkeypatch):
+    started = []
+    monkeypatch.setattr("edge_ibtm.targets.runtime.run_isolated", lambda *given: started.append(given) or run_isolated(*given))
+    model, size = vit
+    assert verify(model, lowered, list(torch.randn(3, 1, 3, size, size)), isolated=True).samples == 3
+    assert len(started) == 1
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..constants import constant
+from ..short_lines import as_type
 
 
 class NormProducts:
@@ -25,7 +26,7 @@ class NormProducts:
         if vector is not None:  # picked by products, in XNNPACK half the time of slices
             products = [products[0] @ constant("column", 2, i, like=x) for i in (0, 1)]
         mean = products[0].reshape(batch, count)
-        self.scale = torch.rsqrt(torch.clamp(squares * (1.0 / width) - mean * mean, min=0.0) + eps)
+        self.scale = as_type(torch.rsqrt(torch.clamp(squares * (1.0 / width) - mean * mean, min=0.0) + eps), x.dtype)
         self.of_vector = None if vector is None else products[1].reshape(batch, count) * self.scale
 
     def total(self, mass: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def _probe_modules(
     if kind not in ("host", "torch", "cuda"):
         raise UsageError(f"device {kind!r} runs files, not eager models; lower the model first (edge_ibtm.lower)")
     where = "cuda" if kind == "cuda" else "cpu"
-    return probe_models(models, inputs[0], device=where, threads=threads, options=options)
+    return probe_models(models, inputs, device=where, threads=threads, options=options)
 
 
 def _is_module(thing: Any) -> bool:

@@ -34,6 +34,8 @@ def check_pte(path: Path) -> None:
     """UsageError unless `path` is a whole ExecuTorch program by its header (magic ET12, sizes from the `eh00`
     header).
     """
+    if path.suffix == ".mlpackage":
+        raise UsageError(f"{path} runs on Apple devices: `--device mac` or ios; `edge-ibtm verify` evaluates it here")
     if not path.is_file():
         raise UsageError(f"no file {path}; lower a model first: `edge-ibtm compress --model M` or `edge_ibtm.lower`")
     size = path.stat().st_size

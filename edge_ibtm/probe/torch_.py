@@ -21,7 +21,7 @@ from edge_ibtm.probe.schema import Device, Latency, ProbeRun
 
 def probe_models(
     models: Sequence[nn.Module],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Sequence[Tensor]],
     *,
     device: str = "cpu",
     threads: int | None = None,
@@ -30,6 +30,7 @@ def probe_models(
 ) -> ProbeRun:
     """Probe eager (or torch.compile'd) models round-robin under inference mode.
 
+    inputs: per model, the tensors it takes.
     The models are copied, so the caller's stay where they are. CUDA: each sample ends with a synchronisation,
     so it covers the whole run and not only its launch. Errors: UsageError when there is no CUDA device.
     """
@@ -39,8 +40,8 @@ def probe_models(
         raise UsageError("no CUDA device: torch.cuda.is_available() is False; use --target torch for the CPU")
     options = options or ProbeOptions()
     with _threads(threads) as count, torch.inference_mode():
-        moved = tuple(x.to(device) for x in inputs)
-        runs = [_runner(model, moved, device, compiled) for model in models]
+        moved = [tuple(x.to(device) for x in one) for one in inputs]
+        runs = [_runner(model, one, device, compiled) for model, one in zip(models, moved, strict=True)]
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         first = [timed_ms(run) for run in runs]

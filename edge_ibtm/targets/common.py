@@ -126,6 +126,8 @@ class Backend:
 
 def lower_program(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, backend: Backend) -> Artifact:
     """Capture, lower, write: what every ExecuTorch target does. EdgeIBTMError when any step fails."""
+    import executorch.kernels.quantized  # noqa: F401  8-bit operators outside a delegate
+
     program = capture(model, inputs, backend.further)
     try:
         with backend.context():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.probe.child import SCALAR_TYPES
 from edge_ibtm.targets.common import check_example, first_line
 
 
@@ -52,6 +53,7 @@ class Loaded:
 
 def load_pte(path: str | Path, threads: int | None = None) -> Loaded:
     """The loaded `forward` method of a `.pte`, after its header and backends were checked."""
+    import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 
@@ -94,9 +96,11 @@ def check_inputs(method: Any, tensors: Sequence[torch.Tensor]) -> None:
     if meta.num_inputs() != len(tensors):
         raise UsageError(f"the artifact takes {meta.num_inputs()} inputs, got {len(tensors)}")
     for index, tensor in enumerate(tensors):
-        wanted = tuple(meta.input_tensor_meta(index).sizes())
-        if tuple(tensor.shape) != wanted:
-            raise UsageError(f"input {index} has shape {tuple(tensor.shape)}, the artifact takes {wanted}")
+        spec = meta.input_tensor_meta(index)
+        wanted, dtype = tuple(spec.sizes()), getattr(torch, SCALAR_TYPES[spec.dtype()])
+        if (tuple(tensor.shape), tensor.dtype) != (wanted, dtype):
+            has = f"shape {tuple(tensor.shape)} and type {tensor.dtype}"
+            raise UsageError(f"input {index} has {has}, the artifact takes {wanted} and {dtype}")
 
 
 def _load_hint(file: Path, error: RuntimeError) -> str:
@@ -122,6 +126,7 @@ def operators_of(path: Path) -> list[str]:
 
 def missing_kernels(path: Path) -> list[str]:
     """Operators of a `.pte` that this host's stock runtime has no kernel for."""
+    import executorch.kernels.quantized  # noqa: F401
     from executorch.runtime import Runtime
 
     here = Runtime.get().operator_registry.operator_names
