@@ -47,8 +47,8 @@ def variants(
     for density in densities:
         found += [Variant(f"{m}, {density}", "executorch", merger=m, density=density) for m in ("ibtm", "uniform")]
     if int8:
-        found += [Variant("int8", "executorch", scheme="int8")]
-        found += [Variant("ibtm int8", "executorch", merger="ibtm", scheme="int8")]
+        found += [Variant("int8", "executorch", scheme="auto")]
+        found += [Variant("ibtm int8", "executorch", merger="ibtm", scheme="auto")]
     return found
 
 

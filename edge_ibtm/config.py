@@ -124,7 +124,9 @@ class MergeSection(Section):
 class QuantizeSection(Section):
     """PT2E quantization."""
 
-    scheme: Literal["none", "int8", "int8_dynamic", "mixed"] = "int8"
+    scheme: Literal["none", "auto", "int8", "int8_dynamic", "mixed"] = Field(
+        default="auto", description="auto: int8_dynamic for models of linear layers (ViT, Swin), else int8"
+    )
 
 
 def _all_str(names: Any) -> bool:

@@ -19,6 +19,7 @@ from edge_ibtm.errors import UsageError, lookup
 # Modules whose arithmetic picks tokens or normalises them: comparisons are clamps of huge differences there, and
 # quantizing them would change which tokens merge.
 FLOAT_MODULES = ("edge_ibtm.mergers.", "edge_ibtm.site.", "edge_ibtm.rewrite_norm.")
+MOSTLY = 0.9  # share of the weights in linear layers from which on `auto` measures activations at run time
 HEAVY = {torch.ops.aten.linear.default, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default}
 
 
@@ -27,7 +28,8 @@ def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int
 
     calibration: batches of images [B, 3, H, W] (or tuples that begin with them), all of one shape; the graph
     keeps the shape of the first. scheme: "int8" (weights per channel, activations static), "int8_dynamic"
-    (linear layers only, activations measured at run time), "mixed" (int8, the worst layers left in float).
+    (linear layers only, activations measured at run time, norms smoothed), "mixed" (int8, the worst layers left in float),
+    "auto" (int8_dynamic for what is nearly all linear layers, as ViTs and Swins are, else int8).
     """
     convert = lookup("quantization scheme", scheme, SCHEMES)
     batches = [images_of(batch) for batch in calibration]
@@ -103,7 +105,11 @@ def convert_static(graph: Any, batches: list[torch.Tensor], keep: Callable[[Node
 
 
 def _dynamic(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
-    return _convert(capture_graph(model, batches[0]), batches[:1], quantizer(dynamic=True, keep=_linear))
+    from edge_ibtm.quantize_smooth import smooth_norms
+
+    graph: Any = capture_graph(model, batches[0])
+    smooth_norms(graph, _pieces(batches), _linear)
+    return _convert(graph, batches[:1], quantizer(dynamic=True, keep=_linear))
 
 
 def _linear(node: Node) -> bool:
@@ -115,13 +121,16 @@ def _convert(graph: Any, batches: list[torch.Tensor], chosen: Any) -> nn.Module:
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     prepared = prepare_pt2e(graph, chosen)
-    size = batches[0].shape
     with torch.no_grad():
-        for batch in batches:
-            for piece in batch.split(size[0]):
-                if piece.shape == size:
-                    prepared(piece)
+        for piece in _pieces(batches):
+            prepared(piece)
     return converted(prepared)
+
+
+def _pieces(batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The images in batches of the first one's shape, which a captured graph takes; what is left over is left out."""
+    size = batches[0].shape
+    return [piece for batch in batches for piece in batch.split(size[0]) if piece.shape == size]
 
 
 def converted(prepared: Any) -> nn.Module:
@@ -148,7 +157,7 @@ def _mixed(
     graph = capture_graph(model, batches[0])
     noise = sensitivity(graph, batches[0], quantizable, module_path)
     candidates = affordable(noise, most)
-    pieces = [p for b in batches for p in b.split(len(batches[0])) if p.shape == batches[0].shape][:16]
+    pieces = _pieces(batches)[:16]
     with torch.no_grad():
         wanted = torch.cat([graph(piece) for piece in pieces])
     first = None
@@ -176,4 +185,16 @@ def _counts(limit: int) -> list[int]:
     return counts
 
 
-SCHEMES: dict[str, Callable[..., nn.Module]] = {"int8": _static, "int8_dynamic": _dynamic, "mixed": _mixed}
+def _auto(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    """The scheme that is nearer to float and the faster one for the model; `quantization` in its `meta` says which."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    linear = sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear)) / sum(m.weight.numel() for m in layers)
+    scheme = "int8_dynamic" if linear >= MOSTLY else "int8"
+    graph: Any = SCHEMES[scheme](model, batches)
+    graph.meta["quantization"] = f"{scheme}, as linear layers hold {linear:.0%} of the weights"
+    return graph  # type: ignore[no-any-return]
+
+
+SCHEMES: dict[str, Callable[..., nn.Module]] = {
+    "int8": _static, "int8_dynamic": _dynamic, "mixed": _mixed, "auto": _auto,
+}  # fmt: skip

@@ -19,6 +19,7 @@ from edge_ibtm.errors import GateError, UsageError
 from edge_ibtm.gates import Gate, all_gates
 
 EAGER = {"base": "base", "merge": "merged, untrained", "finetune": "merged, tuned", "quantize": "merged, int8 graph"}
+NEAR_DB = 25.0  # an 8-bit graph further from its model is remarked on
 MARKS = ("<!-- demo-table -->", "<!-- /demo-table -->")
 
 
@@ -101,7 +102,7 @@ def _eager_row(stage: str, done: Mapping[str, Entry]) -> Row:
     shape = done["finetune"].record if stage == "quantize" else record
     return Row(
         EAGER[stage], record["top1"], record["images"], shape["macs"], shape["params"],
-        None if stage == "quantize" else record["bytes"],
+        None if stage == "quantize" else record["bytes"], record.get("sqnr_db"),
     )  # fmt: skip
 
 
@@ -151,6 +152,9 @@ def _notes(done: Mapping[str, Entry], products: list[Any]) -> list[str]:
         record = done["quantize"].record
         text = f"quantized with {record.get('calibration_images')} calibration images, scheme {record.get('scheme')}"
         notes.append(f"{text}: {record['choice']}" if record.get("choice") else text)
+        if record.get("sqnr_db", NEAR_DB) < NEAR_DB:
+            far = f"the int8 graph is only {record['sqnr_db']:.1f} dB from its model; quantize.scheme=mixed or int8_dynamic"
+            notes.append(f"{far} may be nearer")
     if "probe" in done:
         notes.append(_probe_note(done["probe"].record["run"]))
     for product in products:

@@ -58,8 +58,8 @@ def legend(values: Mapping[str, Any]) -> list[str]:
     images = values["data"]["images"]["test"]
     return [
         f"top-1 on {images} held-out images; MACs: multiply-accumulates of one image; MB: 10^6 bytes (eager: of the "
-        "weights); SQNR: artifact against the model it was made from; subgraphs: parts of the graph that the delegate "
-        "runs (in / out: nodes inside and outside it)"
+        "weights); SQNR: artifact, or int8 graph, against the model it was made from; subgraphs: parts of the graph that the "
+        "delegate runs (in / out: nodes inside and outside it)"
     ]
 
 

@@ -137,7 +137,8 @@ class SplitWindowAttention(nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         windows, tokens, _ = x.shape
         joint = x.reshape(windows, tokens, -1)
-        q, k, v = (layer(joint).reshape(windows, tokens, self.num_heads, -1) for layer in self.layers())
+        # all three layers first: between them, a reshape would keep XNNPACK's partitioner from joining what it dequantizes
+        q, k, v = (y.reshape(windows, tokens, self.num_heads, -1) for y in [layer(joint) for layer in self.layers()])
         out = attend(q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3), self.masked(mask, windows))
         return self.proj(out.permute(0, 2, 1, 3).reshape(windows, tokens, -1))
 

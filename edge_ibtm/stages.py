@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.safetensors"
 CONVERTED = "converted.pt2"
+COMPARED = 64  # held-out images on which an 8-bit graph is compared with its model
 
 
 @dataclass
@@ -170,10 +171,12 @@ def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
 
     from edge_ibtm.cache import temporary_name
     from edge_ibtm.quantize import quantize
+    from edge_ibtm.quantize_sensitivity import sqnr_db
 
     scheme, data = context.recipe.quantize.scheme, context.data
     images = [data.calibration[i][0][None] for i in range(len(data.calibration))]
-    converted = quantize(context.model("finetune"), images, scheme=scheme)
+    model = context.model("finetune")
+    converted = quantize(model, images, scheme=scheme)
     choice = str(getattr(converted, "meta", {}).get("quantization", "")) or None
     program = torch.export.export(converted, (images[0],))
     try:
@@ -182,8 +185,12 @@ def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
     except RuntimeError as err:  # torch's own writer on a full disk
         reason = (str(err).splitlines() or ["?"])[0]
         raise EdgeIBTMError(f"cannot write {folder / CONVERTED}: {reason}; free space or choose another --out") from None
-    correct, count = count_correct(_pieces(converted), data, report=context.reporter("quantize"))
-    found = {"top1": 100 * correct / count, "images": count}
+    run = _pieces(converted)
+    correct, count = count_correct(run, data, report=context.reporter("quantize"))
+    held_out = torch.stack([data.test[i][0] for i in range(min(len(data.test), COMPARED))])
+    with torch.no_grad():
+        sqnr = sqnr_db(model(held_out), run(held_out))
+    found = {"top1": 100 * correct / count, "images": count, "sqnr_db": sqnr}
     return {"scheme": scheme, "calibration_images": len(images), "choice": choice, **found}
 
 

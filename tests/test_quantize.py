@@ -11,9 +11,10 @@ from torch import nn
 from edge_ibtm import insert_mergers
 from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.errors import UsageError
-from edge_ibtm.quantize import quantize
+from edge_ibtm.quantize import _convert, _linear, capture_graph, quantize, quantizer
 from edge_ibtm.quantize_qat import quantize_qat
 from edge_ibtm.quantize_sensitivity import LayerNoise, affordable, fake_activation, fake_weight, sqnr_db
+from edge_ibtm.quantize_smooth import smooth_norms
 from edge_ibtm.rewrite_graph import pads_as_concatenations
 from edge_ibtm.targets import lower
 from edge_ibtm.verify import Limits, verify
@@ -170,3 +171,52 @@ def test_padding_with_something_else_is_left():
     graph = torch.export.export(Padded(), (x,)).module()
     pads_as_concatenations(graph)
     assert torch.equal(graph(x), Padded()(x))
+
+
+def test_auto_measures_activations_of_what_is_all_linear(vit):
+    from edge_ibtm import build_model
+
+    model, batches = vit
+    graph = quantize(model, batches, scheme="auto")
+    assert "int8_dynamic" in graph.meta["quantization"]
+    assert any("choose_qparams" in str(n.target) for n in graph.graph.nodes)
+    graph = quantize(build_model("mobilevit_xxs", num_classes=3), [torch.randn(1, 3, 64, 64)], scheme="auto")
+    assert graph.meta["quantization"].startswith("int8, as linear layers hold")
+
+
+class Normed(nn.Module):
+    """A LayerNorm and a linear layer on tokens [B, 64, 32]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.fc(self.norm(x.reshape(x.shape[0], 64, 32)))
+
+
+def test_smoothing_changes_no_value_and_makes_channels_alike():
+    """One feature far larger than the others: 8 bits lose those, smoothed they do not."""
+    torch.manual_seed(0)
+    model, batches = Normed().eval(), [torch.randn(1, 64, 32) for _ in range(4)]
+    with torch.no_grad():
+        model.fc.weight[:, 0] /= 30
+        for batch in batches:
+            batch[..., 0] *= 30
+        wanted = torch.cat([model(b) for b in batches])
+        graph = capture_graph(model, batches[0])
+        assert smooth_norms(graph, batches, _linear) == 1
+        assert sqnr_db(wanted, torch.cat([graph(b) for b in batches])) > 100
+        smoothed = quantize(model, batches, scheme="int8_dynamic")
+        rough = _convert(capture_graph(model, batches[0]), batches[:1], quantizer(dynamic=True, keep=_linear))
+        found = [sqnr_db(wanted, torch.cat([g(b) for b in batches])) for g in (smoothed, rough)]
+    assert found[0] > found[1] + 3, found
+
+
+@pytest.mark.parametrize("merger", [None, "ibtm"])
+def test_a_swin_with_dynamic_activations_is_one_subgraph(merger, tmp_path):
+    model, size = BACKBONES["swin"].twin()
+    if merger:
+        insert_mergers(model, merger=merger, keep_ratio=0.7)
+    x = torch.randn(1, 3, size, size)
+    assert lower(quantize(model, [x], scheme="int8_dynamic"), x, tmp_path / "swin.pte").subgraphs == 1
