@@ -124,12 +124,12 @@ def verify_command(
     In a run directory of `compress` the model and held-out images are found; elsewhere --model names the model, and
     the images are noise unless --inputs is given.
     """
+    from edge_ibtm.check import example_for
+
     given = _images(inputs)
     eager = None if model is None else _build(model, weights, classes, img_size, (merger, keep_ratio))
     if arch is not None:
         if given is None and eager is not None:
-            from edge_ibtm.check import example_for
-
             given = example_for(eager, img_size)
         _verify_arch(arch, artifact, given, eager)
         return
@@ -141,8 +141,6 @@ def verify_command(
         origin = origin_of(artifact, images)
         eager, shown, limits, kind = origin.reference, origin.images, origin.limits, "held-out images"
     else:
-        from edge_ibtm.check import example_for
-
         shown, limits, kind = example_for(eager, img_size), _usual_limits(artifact), "images of noise"
     if given is not None:
         shown, kind = given, "images"
