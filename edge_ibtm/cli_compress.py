@@ -56,7 +56,7 @@ def compress(
     ] = None,
     epochs: Annotated[str | None, typer.Option(metavar="INTEGER", help="epochs of fine-tuning")] = None,
     distill: Annotated[str | None, typer.Option(metavar="FLOAT", help="weight of distillation from the base")] = None,
-    quantize: Annotated[str | None, typer.Option(help="none, auto, int8, int8_dynamic or mixed")] = None,
+    quantize: Annotated[str | None, typer.Option(help="none, auto, int8, int8_dynamic, mixed or qat")] = None,
     target: Annotated[str | None, typer.Option(help="comma-separated targets, e.g. xnnpack,coreml")] = None,
     max_drop: Annotated[
         str | None, typer.Option(metavar="FLOAT", help="top-1 points a stage may lose against the previous one")

@@ -124,9 +124,11 @@ class MergeSection(Section):
 class QuantizeSection(Section):
     """PT2E quantization."""
 
-    scheme: Literal["none", "auto", "int8", "int8_dynamic", "mixed"] = Field(
-        default="auto", description="auto: int8_dynamic for models of linear layers (ViT, Swin), else int8"
+    scheme: Literal["none", "auto", "int8", "int8_dynamic", "mixed", "qat"] = Field(
+        default="auto", description="auto: int8_dynamic for models of linear layers (ViT, Swin), else int8; qat: trained on"
     )
+    epochs: NonNegative = Field(default=1, description="qat: epochs with rounding in the graph; else as finetune")
+    lr: Annotated[float, Field(gt=0)] = Field(default=2e-5, description="qat: learning rate")
 
 
 def _all_str(names: Any) -> bool:

@@ -275,7 +275,8 @@ class Run:
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = self.teacher(images)
-        with pooled_features(self.raw) as kept, self.accelerator.autocast():
+        watched: Any = nullcontext() if self.clusters is None else pooled_features(self.raw)  # captured graphs have no head
+        with watched as kept, self.accelerator.autocast():
             logits = self.model(images)
         ib = None
         if self.clusters is not None:

@@ -137,8 +137,10 @@ class Run:
         tune_inputs = {**tune, "seed": recipe.seed, **self.digest(*reads)}
         self.stage("finetune", tune_inputs, lambda f: stages.make_finetune(context, f))
         if any(p.stage == "quantize" for p in self.products):
-            scheme = {"scheme": recipe.quantize.scheme, **self.digest("data", "finetune")}
-            self.stage("quantize", scheme, lambda f: stages.make_quantize(context, f))
+            quantize_inputs: dict[str, Any] = {"scheme": recipe.quantize.scheme, **self.digest("data", "finetune")}
+            if recipe.quantize.scheme == "qat":
+                quantize_inputs |= {"qat": recipe.quantize.model_dump(), "train": tune, "seed": recipe.seed}
+            self.stage("quantize", quantize_inputs, lambda f: stages.make_quantize(context, f))
         else:
             self.watch.skipped("quantize", "no int8 artifact was asked for")
 

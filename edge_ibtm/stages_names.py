@@ -13,7 +13,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "base": (*_MODEL, *_TRAIN, *_DATA),
     "merge": (*_MERGE, *_TRAIN),
     "finetune": (*_MERGE, *_TRAIN),
-    "quantize": (*_MERGE, "quantize*", "rewrite*"),
+    "quantize": (*_MERGE, *_TRAIN, "quantize*", "rewrite*"),
     "lower": (*_MERGE, "quantize*", "rewrite*", "targets", "lowering"),
     "verify": ("verify", "targets", "stages_artifact", *_DATA),
     "probe": ("probe",),

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from edge_ibtm import build_model, pipeline, stages, stages_artifact
+from edge_ibtm import build_model, insert_mergers, pipeline, stages, stages_artifact
 from edge_ibtm.cache import Cache, Entry, Stage, locked
 from edge_ibtm.checkpoint import save_state
 from edge_ibtm.config import Recipe, parse_recipe
@@ -316,6 +317,29 @@ def test_real_stages_end_to_end(tmp_path: Path) -> None:
     again = time.monotonic()
     assert pipeline.compress(parse_recipe(REAL), tmp_path).rows == report.rows
     assert time.monotonic() - again < 30
+
+
+def test_quantization_aware_training_is_a_scheme(tmp_path: Path) -> None:
+    """With the fine-tune loop, from its result on, the float model the teacher."""
+    done: dict[str, Entry] = {}
+    values = {**REAL, "merge": {"keep_ratio": 0.7}, "quantize": {"scheme": "qat", "lr": 1e-3}}
+    context = stages.Context(parse_recipe(values), Watch(), done)
+    for name in ("data", "finetune", "quantize"):
+        (folder := tmp_path / name).mkdir()
+        if name == "finetune":
+            torch.manual_seed(0)
+            model = insert_mergers(build_model("mobilevit_xxs", num_classes=10, img_size=64), keep_ratio=0.7)
+            save_state(model, folder / stages.WEIGHTS)
+            merge = {"merger": "ibtm", "keep_ratio": 0.7, "layout": "auto", "density": "auto"}
+            record: dict[str, Any] = {"spec": {**SPEC, "merge": merge}}
+        else:
+            record = getattr(stages, f"make_{name}")(context, folder)
+        done[name] = Entry(name, "", folder, record, "")
+    assert record["scheme"] == "qat" and "sqnr_db" not in record and record["images"] == 12
+    graph: Any = stages.load_converted(tmp_path / "quantize" / stages.CONVERTED)
+    assert any("quantize_per_tensor" in str(n.target) for n in graph.graph.nodes)
+    state, weights = model.state_dict(), list(graph.state_dict().values())
+    assert not any(torch.equal(state["stem.conv.weight"], w) for w in weights)
 
 
 @pytest.mark.slow
