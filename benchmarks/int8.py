@@ -98,7 +98,7 @@ def measure(name: str, merger: str, images: int, rounds: int) -> dict[str, Any]:
         graph = model if scheme == "fp32" else quantize(model, calibration, scheme=scheme)
         artifact = lower(graph, calibration[0], folder / f"{scheme}.pte")
         files[scheme] = artifact.path
-        run = runner_of(Path(artifact.path), calibration[0])
+        run = runner_of(Path(artifact.path))
         got = torch.cat([run(b) for b in batches])
         schemes[scheme] = {
             "bytes": artifact.bytes, "subgraphs": artifact.subgraphs, "sqnr_db": round(sqnr_db(wanted, got), 2),

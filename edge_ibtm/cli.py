@@ -48,16 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ["EDGE_IBTM_DEBUG"] = "1"  # for worker processes
     else:
         _quiet()
-    resumes = given[:1] in (["compress"], ["train"])
-    interrupted = "interrupted; the same command resumes where it stopped" if resumes else "interrupted"
     try:
         app(given, prog_name="edge-ibtm")
     except SystemExit as leave:
         if leave.code == 130:
-            _say(interrupted)
+            _say(_interrupted(given))
         raise
     except KeyboardInterrupt:
-        _say(interrupted)
+        _say(_interrupted(given))
         sys.exit(130)
     except EdgeIBTMError as err:
         if debug:
@@ -90,6 +88,11 @@ def explain(err: OSError) -> str:
     if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to read or write{where} ({err.strerror}); change its permissions, or choose another --out"
     return f"{err.strerror or err}{where}"
+
+
+def _interrupted(given: list[str]) -> str:
+    resumes = given[:1] in (["compress"], ["train"])
+    return "interrupted; the same command resumes where it stopped" if resumes else "interrupted"
 
 
 def _say(text: str) -> None:

@@ -56,9 +56,7 @@ def probe(
         runner=runner, import_file=import_file,
     )  # fmt: skip
     run = cli_probe.run(settings)
-    typer.echo(cli_probe.report(run))
-    if json_path:
-        cli_probe.write(json_path, run.model_dump_json(indent=1))
+    cli_probe.show(run, json_path)
     if any(result.parity is not None and not result.parity.ok for result in run.results):
         raise typer.Exit(1)
 

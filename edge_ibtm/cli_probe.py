@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from edge_ibtm.errors import UsageError, suggest
 from edge_ibtm.probe.loop import ProbeOptions
 from edge_ibtm.probe.schema import Average, Emulated, Latency, ProbeRun
@@ -213,9 +215,11 @@ def _latency_lines(result: Latency) -> list[str]:
     return lines
 
 
-def write(path: Path, text: str) -> None:
-    """Write a results file whole or not at all."""
+def show(run: ProbeRun, json_path: Path | None) -> None:
+    """Print the results, then write them to json_path, whole or not at all: a place that refuses costs no figures."""
     from edge_ibtm.cache import write_text
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text + "\n")
+    typer.echo(report(run))
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(json_path, run.model_dump_json(indent=1) + "\n")

@@ -22,6 +22,9 @@ Classes = Annotated[int, typer.Option("--classes", help="number of classes")]
 Size = Annotated[int | None, typer.Option("--img-size", help="pixels; default: the model's own")]
 Merger = Annotated[str, typer.Option(help="merger for --keep-ratio")]
 Keep = Annotated[float | None, typer.Option(help="insert mergers that keep this share of the tokens")]
+MinSqnr = Annotated[
+    float | None, typer.Option(help="gate over all images, dB; default 80; in a run, and for Core ML, a recipe's gates")
+]
 TargetName = Annotated[str, typer.Option("--target", help="xnnpack, portable, vulkan, coreml, torch")]
 
 
@@ -113,9 +116,7 @@ def verify_command(
     keep_ratio: Keep = None,
     merger: Merger = "ibtm",
     inputs: Annotated[Path | None, typer.Option(help=".pt file with normalised images [B, 3, H, W]")] = None,
-    min_sqnr: Annotated[
-        float | None, typer.Option(help="gate over all images, dB; default 80; in a run, and for Core ML, a recipe's gates")
-    ] = None,
+    min_sqnr: MinSqnr = None,
     images: Annotated[int | None, typer.Option(help="held-out images, in a run directory; default the recipe's")] = None,
     arch: Annotated[str | None, typer.Option(help="aarch64: run on an emulated Arm CPU instead")] = None,
 ) -> None:
@@ -124,14 +125,10 @@ def verify_command(
     In a run directory of `compress` the model and held-out images are found; elsewhere --model names the model, and
     the images are noise unless --inputs is given.
     """
-    from edge_ibtm.check import example_for
-
     given = _images(inputs)
     eager = None if model is None else _build(model, weights, classes, img_size, (merger, keep_ratio))
     if arch is not None:
-        if given is None and eager is not None:
-            given = example_for(eager, img_size)
-        _verify_arch(arch, artifact, given, eager)
+        _verify_arch(arch, artifact, given, eager, img_size)
         return
     from edge_ibtm.verify import Limits
 
@@ -141,6 +138,8 @@ def verify_command(
         origin = origin_of(artifact, images)
         eager, shown, limits, kind = origin.reference, origin.images, origin.limits, "held-out images"
     else:
+        from edge_ibtm.check import example_for
+
         shown, limits, kind = example_for(eager, img_size), _usual_limits(artifact), "images of noise"
     if given is not None:
         shown, kind = given, "images"
@@ -192,11 +191,12 @@ def _images(path: Path | None) -> Any:
     return images
 
 
-def _verify_arch(arch: str, artifact: Path, images: Any, model: nn.Module | None) -> None:
+def _verify_arch(arch: str, artifact: Path, images: Any, model: nn.Module | None, img_size: int | None) -> None:
     if arch != "aarch64":
         raise UsageError(f"unknown --arch {arch!r}; known: aarch64")
     import torch
 
+    from edge_ibtm.check import example_for
     from edge_ibtm.cli_probe import report
     from edge_ibtm.probe.emulated import verify_aarch64
     from edge_ibtm.probe.schema import ProbeRun
@@ -205,6 +205,7 @@ def _verify_arch(arch: str, artifact: Path, images: Any, model: nn.Module | None
     path = check_pte(artifact)
     expected = None
     if model is not None:
+        images = example_for(model, img_size) if images is None else images
         with torch.no_grad():
             expected = [model(images)]
     result = verify_aarch64(path, None if images is None else [images], expected)

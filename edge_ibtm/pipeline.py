@@ -115,11 +115,9 @@ class Run:
     def models(self) -> None:
         """data, base, merge, finetune, quantize."""
         from edge_ibtm import stages
-        from edge_ibtm.data_sources import fingerprint
-
         recipe, context = self.recipe, self.context
         view = {"model": recipe.model.name, "img_size": recipe.model.img_size, "classes": recipe.model.num_classes}
-        data_inputs = {**recipe.data.model_dump(), **view, "seed": recipe.seed, "files": fingerprint(recipe.data)}
+        data_inputs = {**recipe.data.model_dump(), **view, "seed": recipe.seed, "files": context.files}
         self.stage("data", data_inputs, lambda f: stages.make_data(context, f))
         trained = recipe.model.weights is None or recipe.model.new_head
         base_inputs = {
@@ -209,11 +207,12 @@ def device_facts(device: str) -> dict[str, Any]:
     """What decides latency on a device: which phone, or this host's CPU, cores and operating system."""
     import platform
 
-    from edge_ibtm.probe.adb import choose_device
     from edge_ibtm.probe.facts import cpu_model, usable_cores
 
     kind, _, serial = device.partition(":")
     if kind == "android":
+        from edge_ibtm.probe.adb import choose_device
+
         return {"phone": choose_device(serial or None).serial}
     return {"cpu": cpu_model(), "cores": usable_cores(), "system": platform.platform()}
 

@@ -27,8 +27,8 @@ class LinearPatches(nn.Module):
     def of(cls, embed: Any) -> nn.Module:
         """The equal of a PatchEmbed whose patches fill the image; others are returned as they are."""
         proj, size = embed.proj, tuple(embed.patch_size)
-        fills = embed.img_size is not None and not embed.dynamic_img_pad
-        fills = fills and not any(side % step for side, step in zip(embed.img_size, size))  # timm's leaves the rest out
+        known = embed.img_size is not None and not embed.dynamic_img_pad
+        fills = known and not any(side % step for side, step in zip(embed.img_size, size))  # timm's leaves the rest out
         cuts = fills and type(proj) is nn.Conv2d and proj.kernel_size == proj.stride == size
         plain = cuts and (*proj.padding, *proj.dilation, proj.groups) == (0, 0, 1, 1, 1)
         last = embed.flatten or str(getattr(embed.output_fmt, "value", embed.output_fmt)) == "NHWC"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup, suggest
 from edge_ibtm.watch import Watch
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from edge_ibtm.data import Data
 
@@ -45,6 +46,13 @@ class Context:
             model = self.recipe.model
             self._data = load_data(self.recipe.data, view_of(model.name, model.img_size), seed=self.recipe.seed)
         return self._data
+
+    @cached_property
+    def files(self) -> str:
+        """Fingerprint of the data source's files; a large folder is walked once."""
+        from edge_ibtm.data_sources import fingerprint
+
+        return fingerprint(self.recipe.data)
 
     def spec(self, stage: str) -> ModelSpec:
         """How the model that a stage produced is built."""
@@ -88,7 +96,6 @@ def make_data(context: Context, folder: Path) -> dict[str, Any]:
     import json
 
     from edge_ibtm.cache import write_text
-    from edge_ibtm.data_sources import fingerprint
 
     data, section = context.data, context.recipe.data
     wanted = context.recipe.model.num_classes
@@ -106,7 +113,7 @@ def make_data(context: Context, folder: Path) -> dict[str, Any]:
         "img_size": data.img_size,
         "mean": list(data.mean),
         "std": list(data.std),
-        "files": fingerprint(section),  # with augment: later stages, which read this record, see what they are trained on
+        "files": context.files,  # with augment: later stages, which read this record, see what they are trained on
         "augment": section.augment.model_dump(),
     }
 
@@ -174,7 +181,7 @@ def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
     from edge_ibtm.quantize_sensitivity import sqnr_db
 
     scheme, data = context.recipe.quantize.scheme, context.data
-    images = [data.calibration[i][0][None] for i in range(len(data.calibration))]
+    images = list(stacked(data.calibration).split(1))
     model = context.model("finetune")
     converted = _trained_on(context, model, images, folder) if scheme == "qat" else quantize(model, images, scheme=scheme)
     choice = str(getattr(converted, "meta", {}).get("quantization", "")) or None
@@ -189,26 +196,35 @@ def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
     correct, count = count_correct(run, data, report=context.reporter("quantize"))
     found: dict[str, Any] = {"top1": 100 * correct / count, "images": count}
     if scheme != "qat":  # what was trained on is meant to differ from its model
-        held_out = torch.stack([data.test[i][0] for i in range(min(len(data.test), COMPARED))])
+        held_out = stacked(data.test, COMPARED)
         with torch.no_grad():
             found["sqnr_db"] = sqnr_db(model(held_out), run(held_out))
     return {"scheme": scheme, "calibration_images": len(images), "choice": choice, **found}
 
 
-def _trained_on(context: Context, model: nn.Module, images: list[Any], folder: Path) -> nn.Module:
+def _trained_on(context: Context, model: nn.Module, images: list[Tensor], folder: Path) -> nn.Module:
     """The 8-bit graph of a model that was trained on with rounding in it, as `finetune` trains, from few images at a time."""
     from edge_ibtm.quantize_qat import quantize_qat
 
     tune, section = context.recipe.finetune, context.recipe.quantize
     size = min(tune.batch_size, len(images))
-    changes = {"epochs": section.epochs, "lr": section.lr, "batch_size": size, "accumulate": 1, "warmup_epochs": 0.0}
-    train = tune.model_copy(update={**changes, "lambda_ib": 0.0, "ema": 0.0, "layer_decay": None})
+    train = tune.model_copy(update={
+        "epochs": section.epochs, "lr": section.lr, "batch_size": size, "accumulate": 1, "warmup_epochs": 0.0,
+        "lambda_ib": 0.0, "ema": 0.0, "layer_decay": None,
+    })  # fmt: skip
     teacher = model if tune.distill else None
 
     def finetune(graph: nn.Module) -> None:
         _train(context, "quantize", graph, train, folder, teacher)
 
     return quantize_qat(model, images, finetune, batch_size=size)
+
+
+def stacked(part: Any, most: int | None = None) -> Tensor:
+    """The images [n, 3, H, W] of a part of the data, the first `most` of them."""
+    import torch
+
+    return torch.stack([part[i][0] for i in range(min(len(part), most or len(part)))])
 
 
 def load_converted(path: Path) -> nn.Module:

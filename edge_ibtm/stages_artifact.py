@@ -10,7 +10,7 @@ from typing import Any
 from edge_ibtm.config import Recipe
 from edge_ibtm.errors import UsageError
 from edge_ibtm.lowering import LowerJob, Workers, run_job
-from edge_ibtm.stages import CONVERTED, WEIGHTS, Context, count_correct, load_converted
+from edge_ibtm.stages import CONVERTED, WEIGHTS, Context, count_correct, load_converted, stacked
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def _calibration_file(context: Context, folder: Path) -> str:
     """The calibration images in a file that the worker reads; it goes when the stage is complete."""
     import torch
 
-    file, images = folder / "scratch" / "calibration.pt", context.data.calibration
+    file = folder / "scratch" / "calibration.pt"
     file.parent.mkdir(exist_ok=True)
-    torch.save(torch.stack([images[i][0] for i in range(len(images))]), file)
+    torch.save(stacked(context.data.calibration), file)
     return str(file)
 
 
@@ -113,14 +113,14 @@ def _compare(context: Context, product: Product, path: Path) -> dict[str, Any]:
     from edge_ibtm.verify import runner_of, verify
 
     data = context.data
-    count = min(context.recipe.verify.images, len(data.test))
-    images = [data.test[i][0][None] for i in range(count)]
+    images = list(stacked(data.test, context.recipe.verify.images).split(1))
+    count = len(images)
     if product.stage == "quantize":
         reference = load_converted(context.done["quantize"].file(CONVERTED))
     else:
         reference = context.model(product.stage)
     verdict = verify(reference, path, images)
-    run = runner_of(path, images[0])
+    run = runner_of(path)
     limit = count if product.target == "coreml" else None
 
     def predict(batch: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,8 @@ def verify(
     """
     path = Path(artifact.path if isinstance(artifact, Artifact) else artifact)
     batches = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
-    run = runner_of(path, check_example(batches)[0], isolated)
+    check_example(batches)
+    run = runner_of(path, isolated=isolated)
     with torch.no_grad():
         wanted = torch.cat([run_reference(reference, batch) for batch in batches])
         got = run(torch.cat(batches))
@@ -78,7 +79,7 @@ def run_reference(reference: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([_first(reference(piece)) for piece in images.split(int(size))])
 
 
-def runner_of(path: Path, sample: torch.Tensor, isolated: bool = False) -> Any:
+def runner_of(path: Path, *, isolated: bool = False) -> Any:
     """A function images [B, 3, H, W] -> outputs that runs the artifact at `path` on this host.
 
     isolated: run a `.pte` in a child process, where native code may abort.

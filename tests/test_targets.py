@@ -143,7 +143,7 @@ def test_weights_of_a_program_go_with_its_last_reference(lowered):
 def test_many_images_one_by_one_load_a_program_once(lowered, monkeypatch):
     loads = []
     monkeypatch.setattr("edge_ibtm.targets.runtime.load_pte", lambda path: loads.append(path) or load_pte(path))
-    run = runner_of(lowered.path, torch.randn(1, 3, 32, 32))
+    run = runner_of(lowered.path)
     images = torch.randn(4, 3, 32, 32)
     together = run(images)
     assert torch.equal(torch.cat([run(image[None]) for image in images]), together)

@@ -15,6 +15,7 @@ from typing import Any
 from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.probe import facts
 from edge_ibtm.probe.loop import ProbeOptions, sample_rounds, timed_ms, warm_up
+from edge_ibtm.scalar_types import SCALAR_TYPES
 
 ERROR_NAMES = {
     0x01: "internal error",
@@ -33,18 +34,6 @@ ERROR_NAMES = {
     0x30: "delegate is incompatible with this runtime",
     0x31: "delegate out of memory",
     0x32: "delegate has an invalid handle",
-}
-SCALAR_TYPES = {
-    0: "uint8",
-    1: "int8",
-    2: "int16",
-    3: "int32",
-    4: "int64",
-    5: "float16",
-    6: "float32",
-    7: "float64",
-    11: "bool",
-    15: "bfloat16",
 }
 
 
@@ -166,9 +155,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(models: list[_Model], options: ProbeOptions) -> dict[str, Any]:
     warm = [warm_up(model.run, options) for model in models]
-    before = {"load": facts.load_average(), "mhz": facts.cpu_mhz(), "thermal": facts.thermal_c()}
+    before = facts.condition()
     samples = sample_rounds([model.run for model in models], options)
-    after = {"load": facts.load_average(), "mhz": facts.cpu_mhz(), "thermal": facts.thermal_c()}
+    after = facts.condition()
     return {
         "peak_rss_mb": facts.peak_rss_mb(),
         "before": before,

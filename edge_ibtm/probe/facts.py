@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _CPU = Path("/sys/devices/system/cpu")
@@ -108,3 +108,8 @@ def _guard(call: Callable[[], T], error: type[Exception], default: T) -> T:
 
 def _read(path: Path) -> str:
     return _guard(lambda: path.read_text(errors="replace"), OSError, "")
+
+
+def condition() -> dict[str, Any]:
+    """What a latency may depend on at this moment: load average, clocks in MHz, temperatures in Celsius."""
+    return {"load": load_average(), "mhz": cpu_mhz(), "thermal": thermal_c()}

@@ -30,9 +30,9 @@ def probe_models(
 ) -> ProbeRun:
     """Probe eager (or torch.compile'd) models round-robin under inference mode.
 
-    inputs: per model, the tensors it takes.
-    The models are copied, so the caller's stay where they are. CUDA: each sample ends with a synchronisation,
-    so it covers the whole run and not only its launch. Errors: UsageError when there is no CUDA device.
+    inputs: per model, the tensors it takes. The models are copied, so the caller's stay where they are. CUDA: each
+    sample ends with a synchronisation, so it covers the whole run and not only its launch. Errors: UsageError when
+    there is no CUDA device.
     """
     if device not in ("cpu", "cuda"):
         raise UsageError(f"unknown torch device {device!r}; known: cpu, cuda")
@@ -46,25 +46,17 @@ def probe_models(
             torch.cuda.reset_peak_memory_stats()
         first = [timed_ms(run) for run in runs]
         warm = [warm_up(run, options) for run in runs]
-        before = {"load": facts.load_average(), "mhz": facts.cpu_mhz(), "thermal": facts.thermal_c()}
+        before = facts.condition()
         samples = sample_rounds(runs, options)
-        after = {"load": facts.load_average(), "mhz": facts.cpu_mhz(), "thermal": facts.thermal_c()}
+        after = facts.condition()
     where = _device(device, before, after)
-    labels = unique_labels([_label(model, compiled) for model in models])
     memory = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else facts.peak_rss_mb()
     results = tuple(
         Latency(
-            model=label,
-            device=where,
-            threads=count,
-            first_ms=first[i],
-            peak_rss_mb=memory,
-            warmup_runs=warm[i][0],
-            stable=warm[i][1],
-            notes=_notes(device, compiled),
-            **summary(samples[i]),
+            model=label, device=where, threads=count, first_ms=first[i], peak_rss_mb=memory, warmup_runs=warm[i][0],
+            stable=warm[i][1], notes=_notes(device, compiled), **summary(samples[i]),
         )
-        for i, label in enumerate(labels)
+        for i, label in enumerate(unique_labels([_label(model, compiled) for model in models]))
     )
     return ProbeRun(results=results, ratios=ratios(results))
 

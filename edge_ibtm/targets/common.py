@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import executorch.kernels.quantized  # noqa: F401  8-bit operators outside a delegate, for lowering and for running
 import torch
 from torch import nn
 
@@ -126,8 +127,6 @@ class Backend:
 
 def lower_program(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, backend: Backend) -> Artifact:
     """Capture, lower, write: what every ExecuTorch target does. EdgeIBTMError when any step fails."""
-    import executorch.kernels.quantized  # noqa: F401  8-bit operators outside a delegate
-
     program = capture(model, inputs, backend.further)
     try:
         with backend.context():

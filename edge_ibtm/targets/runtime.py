@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
-from edge_ibtm.probe.child import SCALAR_TYPES
+from edge_ibtm.scalar_types import SCALAR_TYPES
 from edge_ibtm.targets.common import check_example, first_line
 
 
@@ -53,7 +53,6 @@ class Loaded:
 
 def load_pte(path: str | Path, threads: int | None = None) -> Loaded:
     """The loaded `forward` method of a `.pte`, after its header and backends were checked."""
-    import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 
@@ -126,7 +125,6 @@ def operators_of(path: Path) -> list[str]:
 
 def missing_kernels(path: Path) -> list[str]:
     """Operators of a `.pte` that this host's stock runtime has no kernel for."""
-    import executorch.kernels.quantized  # noqa: F401
     from executorch.runtime import Runtime
 
     here = Runtime.get().operator_registry.operator_names
