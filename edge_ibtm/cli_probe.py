@@ -86,6 +86,8 @@ def _probe_phone(settings: Settings, example: Any, options: ProbeOptions) -> Pro
 
 def _probe_model(settings: Settings, options: ProbeOptions) -> ProbeRun:
     """Eager or compiled model by name, merged when a keep ratio is given."""
+    if settings.device != "host":
+        raise UsageError(f"--model runs on this machine, not on --device {settings.device}; lower it and probe the file")
     if settings.files or not settings.model:
         raise UsageError("--target torch|cuda takes a model by name, not files: `probe --target torch --model NAME`")
     if settings.profile:

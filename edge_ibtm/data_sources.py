@@ -84,6 +84,8 @@ def fingerprint(spec: DataSection) -> str:
     from importlib.metadata import version
 
     digest = hashlib.sha256()
+    if spec.class_map and Path(spec.class_map).is_file():
+        digest.update(Path(spec.class_map).read_bytes())
     place = spec.root if spec.source and _kind(spec.source) else spec.source
     if spec.source is None:
         digest.update(f"sklearn digits {version('scikit-learn')}".encode())

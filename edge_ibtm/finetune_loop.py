@@ -160,8 +160,8 @@ class Run:
         finally:
             log.close()
             self._hand_over()
-        if val is not None and (self.history.top1 is None or self.config.epochs == 0):
-            self._evaluate(val)
+        if val is not None and (self.history.top1 is None or self.config.epochs == 0 or self.step):
+            self._evaluate(val)  # the weights moved since the last epoch's end
         return self.history
 
     def _hand_over(self) -> None:
@@ -184,7 +184,7 @@ class Run:
 
     def refresh(self) -> None:
         """Fit the mask modules' buffers, and the loss's clusters once it is on, to the weights of this moment."""
-        from edge_ibtm.statistics_sites import last_features, refresh_mask_buffers
+        from edge_ibtm.statistics_sites import copy_mask_buffers, last_features, refresh_mask_buffers
 
         config, plan = self.config, self.plan
         small = replace(plan, batch=min(plan.step_images, 64 * plan.world * plan.accumulate))
@@ -193,6 +193,8 @@ class Run:
             return sample_batches(self.train_data, small, config.statistics_images, config.seed)
 
         refresh_mask_buffers(self.raw, batches(), self.accelerator, config.ib_clusters)
+        if self.ema is not None:
+            copy_mask_buffers(self.raw, self.ema.module)
         if config.epochs and self._ib_is_on():
             features, labels = last_features(self.raw, batches())
             self.clusters = fit_clusters(
@@ -271,6 +273,7 @@ class Run:
         targets: Tensor = labels
         if self.config.mixup or self.config.cutmix:
             images, targets = self._mix(images, labels)
+            labels = labels[: len(images)]
         teacher_logits = None
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
@@ -314,7 +317,7 @@ class Run:
     def _end_epoch(self, val: Data | None, log: MetricsLog) -> None:
         losses = {name: value / self.step for name, value in self.sums.items()}
         done = self.epoch + 1
-        due = done % self.config.eval_every == 0 or done == self.config.epochs
+        due = done % self.config.eval_every == 0 or done == self.config.epochs or self.finished
         if val is not None and due:
             self._evaluate(val)
         lr = float(self.bare_optimizer.param_groups[-1]["lr"])

@@ -81,6 +81,17 @@ def refresh_mask_buffers(
     return len(steps)
 
 
+def copy_mask_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Give every IBTM site of `target` (a weight average of `source`) the buffers of the same site of `source`.
+
+    Statistics are fitted, not trained: averaged, a prior no longer sums to one and centroids leave the unit sphere.
+    """
+    theirs = mask_modules(target)
+    for name, step in mask_modules(source).items():
+        for buffer, values in step.named_buffers():
+            theirs[name].get_buffer(buffer).copy_(values)
+
+
 def _fill(step: IBStep, features: Tensor, labels: Tensor, clusters: int | None, accelerator: Any) -> None:
     room, classes = step.likelihood.shape
     beta = step.beta if not isinstance(step.beta, Tensor) else None

@@ -254,6 +254,12 @@ class TestFaults:
         (result,) = run.results
         assert result.samples_ms == (2.5, 3.5, 4.5, 5.5, 6.5, 7.5), "one warm-up run was dropped"
         assert result.source == "executor_runner" and result.parity is None and "not verified" in result.notes[0]
+        with pytest.raises(UsageError, match="--cores and --profile"):
+            probe_android([files.pte], None, options(phone, bundle, runner=program, cores="big"))
+        phone.battery(temperature=51)
+        with pytest.raises(DeviceError, match="51.0 Celsius.*limit is 45.0"):
+            probe_android([files.pte], None, options(phone, bundle, runner=program))
+        phone.battery(temperature=30)
         program.write_text("#!/bin/sh\necho no backend >&2; exit 9\n")
         with pytest.raises(DeviceError, match="executor_runner ended with exit code 9 on the phone: no backend"):
             probe_android([files.pte], None, options(phone, bundle, runner=program))

@@ -113,6 +113,12 @@ def test_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
     assert before == fingerprint(spec)
     Image.new("RGB", (8, 8)).save(tmp_path / "d" / "ant" / "new.png")
     assert fingerprint(spec) != before
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\n")
+    mapped = spec.model_copy(update={"class_map": str(names)})
+    before = fingerprint(mapped)
+    names.write_text("bee\nant\n")
+    assert fingerprint(mapped) != before
 
 
 def test_view_is_timms_configuration() -> None:

@@ -22,6 +22,7 @@ from edge_ibtm.finetune_checkpoint import MetricsLog, load_checkpoint
 from edge_ibtm.finetune_data import Augmentation, Plan, epoch_batches
 from edge_ibtm.finetune_eval import evaluate, predictions
 from edge_ibtm.finetune_loss import distillation, soft_targets
+from edge_ibtm.statistics_sites import mask_modules
 
 CPU = FinetuneConfig(device="cpu", lr=1e-3, batch_size=16, epochs=2, checkpoint_seconds=0)
 
@@ -303,6 +304,31 @@ def test_merging_starts_after_the_unmerged_epochs(tmp_path: Path) -> None:
     resumed = tiny_vit()
     finetune(resumed, coloured(), None, config, merge=merge)
     assert states_equal(resumed, model)
+
+
+def test_the_average_has_the_fitted_statistics() -> None:
+    def merge(m: nn.Module) -> None:
+        edge_ibtm.insert_mergers(m, merger="ibtm", keep_ratio=0.6)
+
+    model = tiny_vit()
+    finetune(model, coloured(), None, replace(CPU, epochs=3, unmerged_epochs=2, ema=0.9998), merge=merge)
+    for step in mask_modules(model).values():
+        assert float(step.prior.sum()) == pytest.approx(1, abs=1e-4)
+        assert torch.allclose(step.centroids.norm(dim=-1), torch.ones(len(step.centroids)), atol=1e-4)
+
+
+def test_top1_is_of_the_weights_that_max_steps_left() -> None:
+    for steps in (7, 8):  # within an epoch, and at the end of one that is not due
+        model, data = tiny_vit(), coloured()
+        config = replace(CPU, epochs=8, lr=3e-3, eval_every=3, max_steps=steps)
+        history = finetune(model, data, data, config)
+        result = evaluate(model, data)
+        assert history.steps == steps and (history.top1, history.val_loss) == (result.top1, pytest.approx(result.loss))
+
+
+def test_mixup_with_an_odd_batch_and_the_ib_loss() -> None:
+    config = replace(CPU, epochs=1, batch_size=15, mixup=0.2, lambda_ib=0.1, ib_start=0.0)
+    assert finetune(merged_vit(), coloured(60), None, config).steps == 4
 
 
 def test_predictions_and_evaluation_agree_with_the_model() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import edge_ibtm
+from edge_ibtm.errors import UsageError
 from edge_ibtm.finetune_recipe import TrainOptions, train_config, train_recipe
 from edge_ibtm.recipe import head, list_recipes, load_recipe
 
@@ -92,6 +93,22 @@ def test_a_checkpoint_of_another_recipe_is_not_taken(change: str, tmp_path: Path
     assert names[0] != names[1]
     same = train_config(load_recipe("imagenet/mobilevit_s", ["data.workers=7"]), TrainOptions(out=tmp_path))
     assert same.of == names[0]
+
+
+def test_a_checkpoint_of_other_weights_in_the_same_file_is_not_taken(tmp_path: Path) -> None:
+    weights, names = tmp_path / "w.safetensors", []
+    for content in (b"1", b"2"):
+        weights.write_bytes(content)
+        recipe = load_recipe("imagenet/mobilevit_s", [f"model.weights={weights}"])
+        names.append(train_config(recipe, TrainOptions(out=tmp_path)).of)
+    assert names[0] != names[1]
+
+
+def test_from_scratch_always_merges(tmp_path: Path) -> None:
+    recipe = load_recipe("imagenet/mobilevit_s", ["base.epochs=1", "base.warmup_epochs=0"])
+    assert train_config(recipe, TrainOptions(out=tmp_path, from_scratch=True)).unmerged_epochs == 0
+    with pytest.raises(UsageError, match="--unmerged-epochs is 1 of 1 epochs"):
+        train_config(recipe, TrainOptions(out=tmp_path, from_scratch=True, unmerged_epochs=1))
 
 
 @pytest.mark.slow

@@ -51,6 +51,16 @@ def test_minibench(tmp_path: Path) -> None:
     assert "no percentiles" in result.notes[0] and not hasattr(result, "p50_ms")
 
 
+def test_a_log_of_two_models_gives_two_results(tmp_path: Path) -> None:
+    def run(name: str, ms: float) -> str:
+        rounds = "".join(f"I executor_runner: Iteration {i} of 3: {ms + i} ms\n" for i in range(1, 4))
+        return f"I executor_runner: Model file {name} is loaded.\n{rounds}"
+
+    log = tmp_path / "two.log"
+    log.write_text(run("base.pte", 20) + run("merged.pte", 10))
+    assert [(r.model, r.p50_ms) for r in import_results(log).results] == [("base", 22), ("merged", 12)]
+
+
 def test_executor_runner_log(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text(LOG)
     (result,) = import_results(tmp_path / "log.txt").results

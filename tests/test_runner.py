@@ -133,6 +133,7 @@ def test_the_bundle_is_checked_and_reused(bundle: runner.Bundle, tmp_path: Path)
     assert runner.read_bundle(copy) is None, "a changed file is noticed"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
+    (tmp_path / "mine" / "manifest.json").write_text('{"name": "a web app"}')
     with pytest.raises(UsageError, match="holds other files"):
         runner.build("host", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()

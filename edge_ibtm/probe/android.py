@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm import runner
-from edge_ibtm.errors import DeviceError
+from edge_ibtm.errors import DeviceError, UsageError
 from edge_ibtm.probe.adb import Adb, ConnectionLost, choose_device
 from edge_ibtm.probe.android_files import Store
 from edge_ibtm.probe.host import Execution, check_pte, run_files
@@ -76,13 +76,15 @@ def probe_android(
     files = [Path(path).resolve() for path in paths]
     for file in files:
         check_pte(file)
+    foreign = options.runner is not None and options.runner.is_file()
+    if foreign and (options.cores != "all" or options.loop.profile):
+        raise UsageError(f"--cores and --profile are for our runner bundle, not for a program such as {options.runner}")
     adb = choose_device(options.serial, reconnect_seconds=options.reconnect_seconds)
     phone = read_phone(adb)
-    if options.runner is not None and options.runner.is_file():
+    if foreign:
         from edge_ibtm.probe.android_foreign import probe_foreign
 
-        threads = options.threads or 0
-        return probe_foreign(adb, phone, options.runner, files, options.root, options.loop, threads)
+        return probe_foreign(adb, phone, files, options)
     bundle = choose_bundle(options.runner, phone)
     cores = choose_cores(options.cores, phone)
     here = run_files(files, inputs, trace=True)
@@ -119,6 +121,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def cool(adb: Adb, options: AndroidOptions) -> Condition:
+    """The phone's condition once it is cool enough to begin. DeviceError when it stays warm."""
+    return wait_until_cool(lambda: read_condition(adb), options.max_temperature, options.gate_seconds, say)
+
+
 @dataclass
 class _Session:
     """One probe of one phone."""
@@ -150,9 +157,7 @@ class _Session:
             start = self.store.place_bundle(self.bundle)
             models = self.store.place(self.files)
             inputs = self._place_inputs()
-            before = wait_until_cool(
-                lambda: read_condition(self.adb), self.options.max_temperature, self.options.gate_seconds, say
-            )
+            before = cool(self.adb, self.options)
             outcome = self._measure(["sh", start, *self._arguments(models, inputs)])
             measured = self._collect(outcome, before)
         finally:

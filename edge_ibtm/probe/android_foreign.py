@@ -9,42 +9,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_ibtm.errors import DeviceError
 from edge_ibtm.probe.adb import Adb
 from edge_ibtm.probe.android_files import Store
 from edge_ibtm.probe.imported import iterations
 from edge_ibtm.probe.job import Outcome, run_job, stop
-from edge_ibtm.probe.loop import ProbeOptions
-from edge_ibtm.probe.phone import Phone, read_condition
+from edge_ibtm.probe.phone import Phone
 from edge_ibtm.probe.results import latency_of, unique_labels
 from edge_ibtm.probe.schema import Device, ProbeRun
+
+if TYPE_CHECKING:
+    from edge_ibtm.probe.android import AndroidOptions
 
 _NOTES = (
     "taken by the user's executor_runner: inputs of its own, outputs not verified, warm-up runs dropped from its samples",
 )
 
 
-def probe_foreign(
-    adb: Adb, phone: Phone, program: Path, files: Sequence[Path], root: str, options: ProbeOptions, threads: int
-) -> ProbeRun:
-    """Run `program` (executor_runner's flags) on each file. threads 0: its own choice.
+def probe_foreign(adb: Adb, phone: Phone, files: Sequence[Path], options: AndroidOptions) -> ProbeRun:
+    """Run the program `options.runner` (executor_runner's flags) on each file. No threads given: its own choice.
 
-    The first `options.warmup` iterations are dropped. DeviceError when it fails or logs no iterations.
+    The first `warmup` iterations are dropped. DeviceError when it fails, logs no iterations or the phone stays warm.
     """
-    store, folder = Store(adb, root), f"{root}/run-foreign"
+    from edge_ibtm.probe.android import cool
+
+    assert options.runner is not None
+    program, loop, threads = options.runner, options.loop, options.threads or 0
+    store, folder = Store(adb, options.root), f"{options.root}/run-foreign"
     try:
         store.open()
         (runner,) = store.place([program])
         adb.shell(f"chmod 755 {runner}")
-        before = read_condition(adb)
+        before = cool(adb, options)
         outcomes = []
         for model in store.place(list(files)):
             adb.shell(f"rm -rf {folder} && mkdir {folder}")
-            words = [runner, "--model_path", model, "--num_executions", str(options.samples + options.warmup)]
+            words = [runner, "--model_path", model, "--num_executions", str(loop.samples + loop.warmup)]
             words += ["--cpu_threads", str(threads)] if threads else []
             adb.shell("logcat -c 2>/dev/null", check=False)
-            outcome = run_job(adb, folder, words, timeout=options.timeout)
+            outcome = run_job(adb, folder, words, timeout=loop.timeout)
             outcomes.append((outcome, adb.shell("logcat -d -s ExecuTorch 2>/dev/null", check=False)))
     finally:
         stop(adb, folder)
@@ -60,10 +65,10 @@ def probe_foreign(
                 file,
                 label,
                 device,
-                _samples(outcome, log, program, options.warmup),
+                _samples(outcome, log, program, loop.warmup),
                 threads=threads or None,
                 source=program.name,
-                warmup_runs=options.warmup,
+                warmup_runs=loop.warmup,
                 notes=_NOTES,
             )
             for label, file, (outcome, log) in zip(labels, files, outcomes, strict=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import UsageError
-from edge_ibtm.probe.results import summary
+from edge_ibtm.probe.results import summary, unique_labels
 from edge_ibtm.probe.schema import Average, Device, DeviceKind, Latency, ProbeRun
 
 _ITERATION = re.compile(r"[Ii]teration (\d+)(?:/| of )(\d+):\s*([\d.]+)\s*ms")
@@ -44,21 +44,39 @@ def import_results(path: str | Path, model: str | None = None, device: Device | 
         return ProbeRun(results=tuple(_averages(rows, path)))
     if tests := _xctest(text, path):
         return ProbeRun(results=tuple(tests))
-    samples = iterations(text)
-    if not samples:
+    runs = _runs(text)
+    if not runs:
         raise UsageError(
             f"{path} holds no minibench metrics (avg_inference_latency(ms)), no XCTest `measured [...]` lines and no "
             "executor_runner lines (Iteration 1 of 50: 12.3 ms); run executor_runner with --num_executions 50 and save its log"
         )
-    named = _MODEL.search(text)
-    result = Latency(
-        model=model or (Path(named[1]).stem if named else path.stem),
-        device=device or Device(kind="android", name="unknown: the log does not say"),
-        source=f"executor_runner log {path.name}",
-        notes=("no warm-up, threads or temperatures are known: the first samples may be cold",),
-        **summary(samples),
-    )
-    return ProbeRun(results=(result,))
+    labels = unique_labels([model or (Path(named).stem if named else path.stem) for named, _ in runs])
+    return ProbeRun(results=tuple(
+        Latency(
+            model=label,
+            device=device or Device(kind="android", name="unknown: the log does not say"),
+            source=f"executor_runner log {path.name}",
+            notes=("no warm-up, threads or temperatures are known: the first samples may be cold",),
+            **summary(samples),
+        )
+        for label, (_, samples) in zip(labels, runs, strict=True)
+    ))  # fmt: skip
+
+
+def _runs(text: str) -> list[tuple[str | None, list[float]]]:
+    """(model file if named, ms of every iteration) of each run in the log: iterations that count on, after one model line."""
+    runs: list[tuple[str | None, list[float]]] = []
+    named: str | None = None
+    last: int | None = None
+    for line in text.splitlines():
+        if found := _MODEL.search(line):
+            named, last = found[1], None
+        elif found := _ITERATION.search(line):
+            if last is None or int(found[1]) <= last:
+                runs.append((named, []))
+            runs[-1][1].append(float(found[3]))
+            last = int(found[1])
+    return runs
 
 
 def iterations(text: str) -> list[float]:

@@ -37,15 +37,19 @@ class Rounds:
 
     def keep(self, progress: str) -> int:
         """Add the runner's progress lines, a torn last line left out; write them down. Returns the rounds
-        held.
+        held. A file that was kept before, and may have grown since, counts once.
         """
+        rows = []
         for line in progress.splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
             if self._whole(row):
-                self.taken.append([float(x) for x in row])
+                rows.append([float(x) for x in row])
+        held = len(self.taken)
+        begin = next((i for i in range(held) if self.taken[i : i + len(rows)] == rows[: held - i]), held)
+        self.taken[begin : begin + len(rows)] = rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(f".{os.getpid()}.tmp")
         part.write_text(json.dumps(self.taken))
