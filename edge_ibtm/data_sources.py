@@ -29,7 +29,7 @@ _TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation", "e
 class Source:
     """Labelled images in a fixed order.
 
-    read(i) -> (PIL image in RGB, label); label_of(i) does not decode; name_of(i) names the image in messages.
+    read(i) -> (PIL image in RGB, label); name_of(i) names the image in messages.
     """
 
     size: int
