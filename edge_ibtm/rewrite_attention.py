@@ -75,7 +75,7 @@ class SplitAttention(nn.Module):
 
     @classmethod
     def of(cls, attn: Any) -> nn.Module:
-        return cls(attn)
+        return cls(attn) if type(attn.qkv) is nn.Linear else attn  # a layer with arithmetic of its own cannot be split
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim)
@@ -132,7 +132,7 @@ class SplitWindowAttention(nn.Module):
 
     @classmethod
     def of(cls, attn: Any) -> nn.Module:
-        return cls(attn)
+        return cls(attn) if type(attn.qkv) is nn.Linear else attn  # a layer with arithmetic of its own cannot be split
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         windows, tokens, _ = x.shape

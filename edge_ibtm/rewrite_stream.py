@@ -51,8 +51,11 @@ def _is_plain(block: Any) -> bool:
     if type(block) not in (Block, SwinTransformerBlock):
         return False
     attention = layers.Attention if type(block) is Block else WindowAttention
+    if type(block.attn) is not attention or type(block.mlp) is not layers.Mlp:
+        return False
+    linear = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
     return (
-        type(block.attn) is attention and type(block.mlp) is layers.Mlp and type(block.mlp.fc1) is nn.Linear
+        all(type(layer) is nn.Linear for layer in linear)
         and _is_norm(block.norm1) and _is_norm(block.norm2)
     )  # fmt: skip
 

@@ -67,7 +67,6 @@ def insert_mergers(
     Raises UsageError for an unknown name, a ratio outside (0, 1], a pair without meaning, or a model without tokens.
     """
     family = family_of(model)
-    remove_mergers(model)
     layout = _choose("layout", layout, family.layouts, family.name)
     density = _choose("density", density, family.densities, family.name)
     if density == "once" and layout == "sequence" and family.layouts[0] == "grid":
@@ -75,6 +74,7 @@ def insert_mergers(
     check_merger(merger, layout, family.attention(model))
     settings = Settings(merger, keep_ratio, layout, density, _classes(model))
     _check_ratios(keep_ratio)
+    remove_mergers(model)
     if macs is not None:
         from .macs import solve_keep_ratio
 
@@ -84,14 +84,16 @@ def insert_mergers(
 
 
 def _insert(model: nn.Module, family: Family, settings: Settings) -> None:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
     family.insert(model, settings)
+    if not sites_of(model):
+        raise UsageError(f"{type(model).__name__} has no place for a merge site: no {family.name} stage with attention")
     attention, groups = bool(family.attention(model)), set()
     convolved = settings.density == "once" and family.layouts[0] == "grid"
     for path, site in sites_of(model).items():
         group = path.rpartition(".")[0]
         site.merger.settle(first=group not in groups, attention=attention, convolved=convolved)
-        site.to(device).train(model.training)
+        site.to(like.device, like.dtype).train(model.training)
         groups.add(group)
 
 
