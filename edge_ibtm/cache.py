@@ -141,6 +141,12 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(weights: str | None) -> str | None:
+    """What weights hold: the hash of their file, or what names them when they are no file (`pretrained`)."""
+    path = Path(weights).expanduser() if weights and weights != "pretrained" else None
+    return file_hash(path) if path is not None and path.is_file() else weights
+
+
 @contextmanager
 def temporary_name(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; renamed to `path` when the block ends well, removed when it does not."""

@@ -60,19 +60,17 @@ def train_config(recipe: Recipe, options: TrainOptions) -> FinetuneConfig:
 
 def _identity(recipe: Recipe) -> str:
     """What a checkpoint belongs to: model, merging and data of the recipe, and what its files hold now."""
-    from edge_ibtm.cache import file_hash
+    from edge_ibtm.cache import weights_hash
     from edge_ibtm.data_sources import fingerprint
 
     said = recipe.model_dump_json(include={"model", "merge", "data"}, exclude={"data": {"workers", "check"}})
-    weights = Path(recipe.model.weights).expanduser() if recipe.model.weights else None
-    held = file_hash(weights) if weights is not None and weights.is_file() else ""
-    return f"{said} {held} {fingerprint(recipe.data)}"
+    return f"{said} {weights_hash(recipe.model.weights)} {fingerprint(recipe.data)}"
 
 
 def _unmerged_epochs(epochs: int, options: TrainOptions) -> int:
     """Epochs before merging: none when fine-tuning; from scratch a tenth of them unless given."""
     if options.unmerged_epochs is None:
-        return min(max(1, epochs // 10), max(epochs - 1, 0)) if options.from_scratch else 0
+        return max(1, epochs // 10) if options.from_scratch and epochs > 1 else 0
     if 0 < options.unmerged_epochs >= epochs:
         raise UsageError(
             f"--unmerged-epochs is {options.unmerged_epochs} of {epochs} epochs, so the model would never merge; "

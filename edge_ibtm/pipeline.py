@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_ibtm.cache import Cache, Entry, Stage, file_hash, locked, partial_of
+from edge_ibtm.cache import Cache, Entry, Stage, locked, partial_of, weights_hash
 from edge_ibtm.config import Recipe
 from edge_ibtm.lowering import Workers, parallel_jobs
 from edge_ibtm.report import Report, build_report, write_report
@@ -96,7 +96,7 @@ class Run:
         recipe = self.recipe
         inputs = {
             "model": recipe.model.model_dump(),
-            "weights": self._weights_hash(),
+            "weights": weights_hash(self.recipe.model.weights),
             "merge": recipe.merge.model_dump(),
             "targets": recipe.lower.targets,
             "device": recipe.probe.device,
@@ -122,7 +122,7 @@ class Run:
         trained = recipe.model.weights is None or recipe.model.new_head
         base_inputs = {
             "model": recipe.model.model_dump(),
-            "weights": self._weights_hash(),
+            "weights": weights_hash(self.recipe.model.weights),
             "train": recipe.base.model_dump() if trained else None,
             "seed": recipe.seed,
             **self.digest("data"),
@@ -189,11 +189,6 @@ class Run:
         self.stage("probe", inputs, lambda f: make_probe(context, found, f))
 
     # --- keys -----------------------------------------------------------------------------------------------------
-
-    def _weights_hash(self) -> str | None:
-        weights = self.recipe.model.weights
-        path = Path(weights).expanduser() if weights not in (None, "pretrained") and weights else None
-        return file_hash(path) if path is not None and path.is_file() else weights
 
     def _lower_inputs(self, product: Any) -> dict[str, Any]:
         reads = ("data", product.stage) if product.target == "coreml" else (product.stage,)

@@ -137,10 +137,9 @@ def _stamp(sources: Path, arch: str) -> str:
 def _refuse_foreign(target: Path) -> None:
     """Never empty a folder that holds anything but a bundle."""
     try:
-        named = set(json.loads((target / "manifest.json").read_text())["files"])
+        known = {"manifest.json", *json.loads((target / "manifest.json").read_text())["files"]}
     except (OSError, ValueError, TypeError, KeyError):
-        named = set()
-    known = {Path(name).parts[0] for name in named} | ({"manifest.json"} if named else set())
+        known = set()
     if target.exists() and any(file.name not in known for file in target.iterdir()):
         raise UsageError(f"{target} holds other files; give an empty or new folder for the bundle")
 

@@ -86,11 +86,12 @@ def insert_mergers(
 def _insert(model: nn.Module, family: Family, settings: Settings) -> None:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
     family.insert(model, settings)
-    if not sites_of(model):
+    sites = sites_of(model)
+    if not sites:
         raise UsageError(f"{type(model).__name__} has no place for a merge site: no {family.name} stage with attention")
     attention, groups = bool(family.attention(model)), set()
     convolved = settings.density == "once" and family.layouts[0] == "grid"
-    for path, site in sites_of(model).items():
+    for path, site in sites.items():
         group = path.rpartition(".")[0]
         site.merger.settle(first=group not in groups, attention=attention, convolved=convolved)
         site.to(like.device, like.dtype).train(model.training)

@@ -312,7 +312,9 @@ def test_the_average_has_the_fitted_statistics() -> None:
 
     model = tiny_vit()
     finetune(model, coloured(), None, replace(CPU, epochs=3, unmerged_epochs=2, ema=0.9998), merge=merge)
-    for step in mask_modules(model).values():
+    steps = mask_modules(model)
+    assert steps
+    for step in steps.values():
         assert float(step.prior.sum()) == pytest.approx(1, abs=1e-4)
         assert torch.allclose(step.centroids.norm(dim=-1), torch.ones(len(step.centroids)), atol=1e-4)
 

@@ -84,7 +84,7 @@ def probe_android(
     if foreign:
         from edge_ibtm.probe.android_foreign import probe_foreign
 
-        return probe_foreign(adb, phone, files, options)
+        return probe_foreign(adb, phone, files, options, lambda: cool(adb, options))
     bundle = choose_bundle(options.runner, phone)
     cores = choose_cores(options.cores, phone)
     here = run_files(files, inputs, trace=True)

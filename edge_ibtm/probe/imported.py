@@ -71,7 +71,7 @@ def _runs(text: str) -> list[tuple[str | None, list[float]]]:
     for line in text.splitlines():
         if found := _MODEL.search(line):
             named, last = found[1], None
-        elif found := _ITERATION.search(line):
+        for found in _ITERATION.finditer(line):
             if last is None or int(found[1]) <= last:
                 runs.append((named, []))
             runs[-1][1].append(float(found[3]))
@@ -81,7 +81,7 @@ def _runs(text: str) -> list[tuple[str | None, list[float]]]:
 
 def iterations(text: str) -> list[float]:
     """Milliseconds of every iteration that a log of executor_runner tells, in order."""
-    return [float(found[3]) for found in _ITERATION.finditer(text)]
+    return [ms for _, samples in _runs(text) for ms in samples]
 
 
 def _xctest(text: str, path: Path) -> list[Latency]:
