@@ -86,7 +86,7 @@ def measure(request: Request, done: set[str], folder: Path) -> Iterator[Emulated
 
 def run(request: Request, out: Path) -> None:
     """Measure what `out`'s part file does not hold yet, then write `out`."""
-    part = out.with_suffix(f".{code_stamp()}.part.json")
+    part = out.with_suffix(f".{code_stamp(request)}.part.json")
     held = list(read_results(part).results) if part.is_file() else []
     for stale in set(out.parent.glob(f"{out.stem}.*.part.json")) - {part}:
         stale.unlink()
@@ -99,10 +99,10 @@ def run(request: Request, out: Path) -> None:
     part.unlink()
 
 
-def code_stamp() -> str:
-    """A hash of the code that decides what is measured."""
+def code_stamp(request: Request) -> str:
+    """A hash of the request and of the code that decides what is measured."""
     files = [*ROOT.glob("edge_ibtm/**/*.py"), *ROOT.glob("apps/runner/*")]
-    digest = hashlib.sha256(platform.machine().encode())
+    digest = hashlib.sha256(f"{platform.machine()} {request}".encode())
     for file in sorted(file for file in files if file.is_file()):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

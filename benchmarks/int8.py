@@ -147,8 +147,8 @@ def report() -> str:
 
 def main() -> None:
     """Measure what is missing, then report."""
+    from edge_ibtm.files import replacing
     from edge_ibtm.probe import facts
-    from edge_ibtm.targets.common import replacing
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", default=",".join(MODELS))

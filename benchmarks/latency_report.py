@@ -96,7 +96,7 @@ def lowering(record: dict[str, Any]) -> str:
 
 def write_tables(folder: Path, target: Path) -> None:
     """All records of `folder` as one Markdown file."""
-    from edge_ibtm.targets.common import replacing
+    from edge_ibtm.files import replacing
 
     records = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
     lines = ["# Latency", "", "Written by `python benchmarks/latency.py --table`; do not edit.", ""]

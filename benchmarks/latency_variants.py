@@ -91,7 +91,7 @@ def make_file(name: str, size: int, variant: Variant, keep_ratio: float, folder:
         if known.get("source") == source:
             return known
     from edge_ibtm import count_macs
-    from edge_ibtm.targets.common import replacing
+    from edge_ibtm.files import replacing
 
     model = model_of(name, size, variant, keep_ratio)
     found: dict[str, Any] = {**asdict(variant), "macs": count_macs(model, size), "sites": _sites(model), "source": source}

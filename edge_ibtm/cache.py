@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import UsageError
+from edge_ibtm.files import sha256_of, write_text
 
 LIBRARIES = ("torch", "torchvision", "timm", "executorch", "torchao", "coremltools")
 _ENTRY = "entry.json"
@@ -113,7 +114,7 @@ def partial_of(folder: Path) -> Path:
 
 def write_entry(stage: Stage, folder: Path, record: dict[str, Any]) -> None:
     """Write entry.json: the record and the hash of every file."""
-    files = {p.relative_to(folder).as_posix(): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     files.pop(_ENTRY, None)
     body = {"stage": stage.name, "key": stage.key, "inputs": stage.inputs, "record": record, "files": files}
     write_text(folder / _ENTRY, json.dumps(body, indent=1, default=str))
@@ -123,7 +124,7 @@ def read_entry(folder: Path) -> Entry | None:
     """The entry in a folder; None unless entry.json is there and every file has its recorded hash."""
     try:
         body = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
-        whole = all(file_hash(folder / name) == known for name, known in body["files"].items())
+        whole = all(sha256_of(folder / name) == known for name, known in body["files"].items())
     except (OSError, ValueError, KeyError):
         return None
     if not whole:
@@ -132,36 +133,10 @@ def read_entry(folder: Path) -> Entry | None:
     return Entry(body["stage"], body["key"], folder, body["record"], hashlib.sha256(content.encode()).hexdigest())
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def weights_hash(weights: str | None) -> str | None:
     """What weights hold: the hash of their file, or what names them when they are no file (`pretrained`)."""
     path = Path(weights).expanduser() if weights and weights != "pretrained" else None
-    return file_hash(path) if path is not None and path.is_file() else weights
-
-
-@contextmanager
-def temporary_name(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; renamed to `path` when the block ends well, removed when it does not."""
-    temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    with temporary_name(path) as name:
-        name.write_text(text, encoding="utf-8")
+    return sha256_of(path) if path is not None and path.is_file() else weights
 
 
 @cache

@@ -6,7 +6,6 @@ read with weights_only.
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,15 +78,12 @@ def save_state(model: nn.Module, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     try:
-        save_file(state, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(state, temporary)
     except SafetensorError as err:
         raise EdgeIBTMError(f"cannot write {path}: {err}; free space or choose another --out") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

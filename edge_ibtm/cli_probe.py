@@ -219,9 +219,8 @@ def _latency_lines(result: Latency) -> list[str]:
 
 def show(run: ProbeRun, json_path: Path | None) -> None:
     """Print the results, then write them to json_path, whole or not at all: a place that refuses costs no figures."""
-    from edge_ibtm.cache import write_text
+    from edge_ibtm.files import write_text
 
     typer.echo(report(run))
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         write_text(json_path, run.model_dump_json(indent=1) + "\n")

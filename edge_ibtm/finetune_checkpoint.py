@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.files import replacing, write_text
 
 if TYPE_CHECKING:
     from edge_ibtm.finetune_loop import Run
@@ -26,16 +27,12 @@ NAME, METRICS = "checkpoint.pt", "metrics.jsonl"
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` atomically to folder/checkpoint.pt. Errors: EdgeIBTMError when the disk refuses."""
     target = folder / NAME
-    part = folder / f".{NAME}.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with replacing(target) as part, part.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, target)
     except (OSError, RuntimeError) as err:
-        part.unlink(missing_ok=True)
         raise EdgeIBTMError(f"checkpoint {target} cannot be written ({err}); free space or choose a folder") from err
 
 
@@ -105,9 +102,7 @@ class MetricsLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
-        part = folder / f".{METRICS}"
-        part.write_text("".join(line + "\n" for line in kept))
-        os.replace(part, self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
         if tensorboard:
             self.board = _summary_writer(folder / "tensorboard", first_step)
 

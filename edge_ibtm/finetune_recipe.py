@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import UsageError
+from edge_ibtm.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,9 +115,7 @@ def train_recipe(
     if int(os.environ.get("RANK", "0")) == 0:
         save_state(model, path)
         record = {"recipe": recipe.model_dump(mode="json"), "history": asdict(history)}
-        part = options.out / ".history.json"
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(part, options.out / "history.json")
+        write_text(options.out / "history.json", json.dumps(record, indent=1) + "\n")
     return history, path
 
 

@@ -6,6 +6,7 @@ identical run touches neither torch nor the images.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -213,11 +214,9 @@ def device_facts(device: str) -> dict[str, Any]:
 
 
 def publish(folder: Path, products: list[Any], done: dict[str, Entry]) -> None:
-    """Put the artifacts into the run directory under their plain names, whole or absent, in place of an earlier recipe's."""
-    names, suffixes = {product.file for product in products}, set(done["check"].record["suffixes"].values())
-    for old in [*folder.glob("base.*.*"), *folder.glob("merged.*.*")]:
-        if old.suffix in suffixes and old.name not in names:
-            _remove(old)
+    """Put the artifacts into the run directory under their plain names, whole or absent, in place of the last report's."""
+    for name in published(folder) - {product.file for product in products}:
+        _remove(folder / name)
     for product in products:
         source = done[f"lower-{product.name}"].file(product.file)
         final = folder / product.file
@@ -229,6 +228,15 @@ def publish(folder: Path, products: list[Any], done: dict[str, Entry]) -> None:
         else:
             shutil.copyfile(source, part)
         part.replace(final)
+
+
+def published(folder: Path) -> set[str]:
+    """Names of the artifacts that the report in a run directory tells of."""
+    try:
+        told = json.loads((folder / "report.json").read_text(encoding="utf-8"))["artifacts"]
+        return {name for each in told if (name := Path(each["path"]).name).startswith(("base.", "merged."))}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _remove(path: Path) -> None:

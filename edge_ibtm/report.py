@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm import __version__
-from edge_ibtm.cache import Entry, library_versions, write_text
+from edge_ibtm.cache import Entry, library_versions
 from edge_ibtm.config import Recipe
 from edge_ibtm.errors import GateError, UsageError
+from edge_ibtm.files import write_text
 from edge_ibtm.gates import Gate, all_gates
 
 EAGER = {"base": "base", "merge": "merged, untrained", "finetune": "merged, tuned", "quantize": "merged, int8 graph"}

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup
+from edge_ibtm.files import sha256_of
 
 ARCHITECTURES = {"host": "host", "aarch64": "aarch64"}
 ABI = {"arm64-v8a": "aarch64", "aarch64": "aarch64", "x86_64": "x86_64", "amd64": "x86_64", "arm64": "aarch64"}
@@ -102,7 +103,7 @@ def read_bundle(folder: Path) -> Bundle | None:
     try:
         held = json.loads((folder / "manifest.json").read_text())
         bundle = Bundle(folder=folder, **held)
-        whole = all(_sha256(folder / name) == digest for name, digest in bundle.files.items())
+        whole = all(sha256_of(folder / name) == digest for name, digest in bundle.files.items())
     except (OSError, ValueError, TypeError):
         return None
     return bundle if whole else None
@@ -203,7 +204,7 @@ def _pack(program: Path, wheel: Path, folder: Path, arch: str, stamp: str) -> Pa
     for name in ("run.sh", PROGRAM, LOADER):
         if (folder / name).exists():
             (folder / name).chmod(0o755)
-    files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    files = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
     machine = "aarch64" if arch == "aarch64" else ABI.get(platform.machine().lower(), platform.machine())
     manifest = {"arch": machine, "executorch": executorch_version(), "source_sha256": stamp, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -216,11 +217,6 @@ def _run(command: list[str], doing: str) -> None:
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         telling = [line for line in said if "rror" in line] or said
         raise EdgeIBTMError(f"{doing} failed: {' | '.join(telling[-4:])} (command: {' '.join(command)})")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def describe(bundle: Bundle) -> str:

@@ -95,7 +95,7 @@ def make_data(context: Context, folder: Path) -> dict[str, Any]:
     """Open and split the data; the record says how many images each part has and how they are viewed."""
     import json
 
-    from edge_ibtm.cache import write_text
+    from edge_ibtm.files import write_text
 
     data, section = context.data, context.recipe.data
     wanted = context.recipe.model.num_classes
@@ -176,7 +176,7 @@ def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
     """Quantize the fine-tuned model with calibration images; the converted graph is kept as an exported program."""
     import torch
 
-    from edge_ibtm.cache import temporary_name
+    from edge_ibtm.files import replacing
     from edge_ibtm.quantize import quantize
     from edge_ibtm.quantize_sensitivity import sqnr_db
 
@@ -187,7 +187,7 @@ def make_quantize(context: Context, folder: Path) -> dict[str, Any]:
     choice = str(getattr(converted, "meta", {}).get("quantization", "")) or None
     program = torch.export.export(converted, (images[0],))
     try:
-        with temporary_name(folder / CONVERTED) as name:
+        with replacing(folder / CONVERTED) as name:
             torch.export.save(program, name)
     except RuntimeError as err:  # torch's own writer on a full disk
         reason = (str(err).splitlines() or ["?"])[0]

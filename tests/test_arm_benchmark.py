@@ -57,5 +57,8 @@ def test_changed_code_starts_again(arm: ModuleType, tmp_path: Path, monkeypatch:
     stale.write_text("{}")
     seen: list[set[str]] = []
     monkeypatch.setattr(arm, "measure", lambda request, done, folder: seen.append(done) or iter([result("m-fp32", 1)]))
+    part = tmp_path / f"arm_m.{arm.code_stamp(arm.Request('m', 0.5, 'tome', 128))}.part.json"
+    part.write_text("{}")
     arm.run(arm.Request("m", 0.5, "tome", None), tmp_path / "arm_m.json")
+    assert not part.exists(), "of another image size"
     assert seen == [set()] and not stale.exists()

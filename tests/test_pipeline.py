@@ -127,9 +127,11 @@ def test_keep_ratio_redoes_only_what_depends_on_it(fake: FakeStages, tmp_path: P
 
 def test_artifacts_of_an_earlier_recipe_go(fake: FakeStages, tmp_path: Path) -> None:
     pipeline.compress(recipe(), tmp_path)
-    (tmp_path / "merged.notes.txt").write_text("mine")
+    mine = ["base.backup.old.pte", "merged.notes.txt", "merged.mine.pte"]
+    for name in mine:
+        (tmp_path / name).write_text("not of any run")
     pipeline.compress(recipe(quantize={"scheme": "none"}, lower={"targets": ["xnnpack"], "base": False}), tmp_path)
-    assert [p.name for p in sorted(tmp_path.glob("*.*.*"))] == ["merged.notes.txt", "merged.xnnpack.fp32.pte"]
+    assert sorted(p.name for p in tmp_path.glob("*.*.*")) == sorted([*mine, "merged.xnnpack.fp32.pte"])
 
 
 def test_wrong_outputs_on_a_device_miss_a_gate(fake: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,9 @@ from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.check import check
 from edge_ibtm.cli import app
 from edge_ibtm.errors import EdgeIBTMError, GateError, UsageError
+from edge_ibtm.files import replacing
 from edge_ibtm.quantize import quantize
 from edge_ibtm.targets import TARGETS, lower
-from edge_ibtm.targets.common import replacing
 from edge_ibtm.targets.lean import lean
 from edge_ibtm.targets.runtime import load_pte, missing_kernels, operators_of, run_isolated, run_pte
 from edge_ibtm.verify import Limits, compare_outputs, runner_of, verify
@@ -251,6 +251,16 @@ def test_interrupted_write_leaves_nothing(tmp_path):
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
     assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_a_folder_is_never_replaced(target, tmp_path):
+    folder = tmp_path / f"mine{TARGETS[target].suffix}"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(UsageError, match="mine"):
+        lower(nn.Flatten(), torch.zeros(1, 3, 4, 4), folder, target=target)
+    assert [p.name for p in tmp_path.rglob("*")] == [folder.name, "photo.jpg"]
 
 
 def test_cli_reports_bad_files(tmp_path, lowered):

@@ -18,6 +18,7 @@ from typing import Any
 
 from edge_ibtm import runner
 from edge_ibtm.errors import DeviceError, UsageError
+from edge_ibtm.files import sha256_of
 from edge_ibtm.probe.adb import Adb, ConnectionLost, choose_device
 from edge_ibtm.probe.android_files import Store
 from edge_ibtm.probe.host import Execution, check_pte, run_files
@@ -25,7 +26,6 @@ from edge_ibtm.probe.job import Outcome, read_text, run_job, stop
 from edge_ibtm.probe.loop import LEAST_SAMPLES, ProbeOptions
 from edge_ibtm.probe.phone import Condition, Phone, choose_cores, read_condition, read_phone, wait_until_cool
 from edge_ibtm.probe.raw import read_outputs, write_inputs
-from edge_ibtm.probe.results import sha256_of
 from edge_ibtm.probe.resume import Rounds
 from edge_ibtm.probe.runner_json import Measured, assemble, parse_report
 from edge_ibtm.probe.schema import ProbeRun

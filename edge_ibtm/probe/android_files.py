@@ -13,9 +13,9 @@ from pathlib import Path
 
 from edge_ibtm import runner
 from edge_ibtm.errors import DeviceError
+from edge_ibtm.files import sha256_of
 from edge_ibtm.probe.adb import Adb
 from edge_ibtm.probe.phone import free_mb
-from edge_ibtm.probe.results import sha256_of
 
 _MARGIN_MB = 50.0
 

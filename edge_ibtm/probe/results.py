@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_ibtm.files import sha256_of, size_of
 from edge_ibtm.probe import statistics
 from edge_ibtm.probe.schema import Device, Latency, Ratio
 
@@ -20,12 +20,7 @@ def latency_of(file: Path, label: str, device: Device, samples: Sequence[float],
 
 def file_facts(file: Path) -> dict[str, Any]:
     """Which artifact it was: path, SHA-256 and bytes of a file, or of all files of a package."""
-    if file.is_dir():
-        from edge_ibtm.targets.common import sha256_of as sha256_of_folder
-        from edge_ibtm.targets.common import size_of
-
-        return {"file": str(file), "sha256": sha256_of_folder(file), "bytes": size_of(file)}
-    return {"file": str(file), "sha256": sha256_of(file), "bytes": file.stat().st_size}
+    return {"file": str(file), "sha256": sha256_of(file), "bytes": size_of(file)}
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -65,9 +60,3 @@ def unique_labels(stems: Sequence[str]) -> list[str]:
         seen[stem] = seen.get(stem, 0) + 1
         labels.append(stem if seen[stem] == 1 else f"{stem}#{seen[stem]}")
     return labels
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

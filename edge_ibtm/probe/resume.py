@@ -7,10 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from typing import Any
 
 from edge_ibtm import runner
+from edge_ibtm.files import write_text
 
 
 class Rounds:
@@ -50,10 +50,7 @@ class Rounds:
         held = len(self.taken)
         begin = next((i for i in range(held) if self.taken[i : i + len(rows)] == rows[: held - i]), held)
         self.taken[begin : begin + len(rows)] = rows
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(f".{os.getpid()}.tmp")
-        part.write_text(json.dumps(self.taken))
-        os.replace(part, self.path)
+        write_text(self.path, json.dumps(self.taken))
         return len(self.taken)
 
     def of_model(self, index: int) -> list[float]:

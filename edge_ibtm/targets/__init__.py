@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import lookup
+from edge_ibtm.files import refuse_folder
 from edge_ibtm.targets.common import Artifact, check_example
 
 __all__ = ["TARGETS", "Artifact", "Target", "lower"]
@@ -72,8 +73,10 @@ def lower(model: Any, example: Any, path: str | Path, *, target: str = "xnnpack"
 
     model: an eager module (rewritten first, `rewrite.prepare_for_export`; itself untouched) or a converted PT2E
     graph module. example: images [B, 3, H, W], or a tuple holding them; the artifact accepts this shape only.
-    Raises UsageError for an unknown target or an example of the wrong kind, EdgeIBTMError when lowering fails.
-    The file appears at `path` only when complete.
+    Raises UsageError for an unknown target, an example of the wrong kind or a `path` that is a folder, EdgeIBTMError
+    when lowering fails. The file appears at `path` only when complete.
     """
     chosen = lookup("target", target, TARGETS)
+    if target != "coreml":  # its packages are folders
+        refuse_folder(Path(path))
     return chosen.lower(model, check_example(example), Path(path), **options)

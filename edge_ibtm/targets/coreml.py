@@ -23,6 +23,7 @@ from edge_ibtm.targets.coreml_package import (
     PackageText,
     artifact_of,
     package_facts,
+    refuse_foreign,
     run_mlpackage,
     save_package,
     to_bytes,
@@ -111,6 +112,7 @@ def _check(options: CoreMLOptions, example: torch.Tensor, path: Path) -> Precisi
         )
     if path.suffix != ".mlpackage":
         raise UsageError(f"a Core ML package ends in .mlpackage, got {str(path)!r}")
+    refuse_foreign(path)
     if example.dim() != 4 or example.shape[:2] != (1, 3):
         raise UsageError(f"Core ML example must be one image [1, 3, H, W], got {tuple(example.shape)}")
     if (options.mean is None) != (options.std is None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.files import MANIFEST, sha256_of
 from edge_ibtm.targets.coreml_classify import add_classifier
 from edge_ibtm.targets.coreml_tools import quiet_coremltools
 
@@ -71,8 +71,7 @@ def save_package(mlmodel: Any, path: Path, text: PackageText) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary `.mlpackage` name next to `path`; renamed onto it on success, removed on failure."""
-    if path.exists() and not (path / "Manifest.json").is_file():
-        raise UsageError(f"{path} exists and is not a Core ML package: choose another name or remove it")
+    refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     temporary = path.with_name(f".{path.stem}.{token}.mlpackage")
@@ -89,6 +88,12 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(old, path)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def refuse_foreign(path: Path) -> None:
+    """UsageError when something that is no Core ML package is at `path`."""
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise UsageError(f"{path} exists and is not a Core ML package: choose another name or remove it")
 
 
 def _write_notes(spec: Any, notes: Mapping[str, str]) -> None:
@@ -111,7 +116,7 @@ def open_package(path: str | Path) -> Any:
     path = Path(path)
     if not path.exists():
         raise UsageError(f"no such package: {path}")
-    if not (path / "Manifest.json").is_file():
+    if not (path / MANIFEST).is_file():
         raise UsageError(f"{path} is not a Core ML package (a .mlpackage folder with a Manifest.json)")
     with quiet_coremltools() as ct:
         try:
@@ -197,13 +202,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def artifact_of(path: Path) -> Artifact:
-    """Artifact of a package. sha256 is over names and contents of its files but the manifest, whose ids are random."""
+    """Artifact of a package."""
     from edge_ibtm.targets import Artifact
 
-    digest = hashlib.sha256()
-    for file in _files(path):
-        if file.name != "Manifest.json":
-            digest.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
     facts = package_facts(path)
     return Artifact(
         path=path,
@@ -212,7 +213,7 @@ def artifact_of(path: Path) -> Artifact:
         subgraphs=1,
         delegated=sum(facts.operations.values()),
         non_delegated=0,
-        sha256=digest.hexdigest(),
+        sha256=sha256_of(path),
     )
 
 

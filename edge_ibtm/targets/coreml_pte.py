@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.files import sha256_of, size_of
 from edge_ibtm.targets.common import (
     Artifact,
     check_example,
     delegation,
     first_line,
-    sha256_of,
-    size_of,
     write_program,
 )
 from edge_ibtm.targets.coreml import DEPLOYMENT_TARGETS

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from edge_ibtm.errors import EdgeIBTMError
-from edge_ibtm.targets.common import Artifact, artifact_of, capture, first_line, replacing
+from edge_ibtm.files import replacing
+from edge_ibtm.targets.common import Artifact, artifact_of, capture, first_line
 
 
 def lower_torch(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> Artifact:

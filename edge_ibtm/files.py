@@ -1,0 +1,59 @@
+"""Files that are whole or absent, and what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edge_ibtm.errors import UsageError
+
+MANIFEST = "Manifest.json"  # of a Core ML package; its identifiers are drawn anew each time
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, with its suffix: renamed to `path` when the block ends well, else removed.
+
+    Errors: UsageError when `path` is a folder.
+    """
+    refuse_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def refuse_folder(path: Path) -> None:
+    """UsageError when `path`, where a file is to be written, is a folder."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file to write, such as {path / 'model'}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as name:
+        name.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file; of a folder, over the names and contents of its files but a package's manifest."""
+    if not path.is_dir():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\0".encode())
+    return digest.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size
