@@ -59,7 +59,7 @@ class Run:
         self.clusters: Clusters | None = None
         self.history = History()
         self.epoch, self.step, self.bad = 0, 0, 0
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, tuple[float, int]] = {}  # of each loss of this epoch, and the steps that had it
         self.speed = 0.0
         self.saved_at = time.monotonic()
         self._place()
@@ -225,7 +225,7 @@ class Run:
             self.history.steps += 1
             self.speed = speed = (self.step - first) * plan.step_images / (time.monotonic() - began)
             self._after_step(Progress(
-                self.epoch, config.epochs, self.step, plan.steps, self.sums["loss"] / self.step, lr, speed,
+                self.epoch, config.epochs, self.step, plan.steps, self._means().get("loss", 0.0), lr, speed,
                 ((config.epochs - self.epoch) * plan.steps - self.step) * plan.step_images / speed,
             ), progress, log)  # fmt: skip
 
@@ -306,16 +306,20 @@ class Run:
             self.bad += 1
             self.history.skipped_steps += 1
         for name, value in totals.items():
-            number = float(value)
-            self.sums[name] = self.sums.get(name, 0.0) + (number if finite else 0.0)
+            total, steps = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + float(value), steps + 1) if finite else (total, steps)
         if self.bad >= self.config.max_bad_steps:
             raise EdgeIBTMError(
                 f"training diverged: {self.bad} steps in a row with non-finite gradients at step {self.history.steps} "
                 f"(lr {self.config.lr}, precision {self.config.precision}); lower the learning rate or use fp32"
             )
 
+    def _means(self) -> dict[str, float]:
+        """Each loss of this epoch over the steps that had it and a finite gradient; without those that no step had."""
+        return {name: total / steps for name, (total, steps) in self.sums.items() if steps}
+
     def _end_epoch(self, val: Data | None, log: MetricsLog) -> None:
-        losses = {name: value / self.step for name, value in self.sums.items()}
+        losses = self._means()
         done = self.epoch + 1
         due = done % self.config.eval_every == 0 or done == self.config.epochs or self.finished
         if val is not None and due:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import UsageError
+from edge_ibtm.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,8 @@ def origin_of(artifact: Path, count: int | None = None) -> Origin:
     row = next((a for a in report["artifacts"] if Path(a["path"]).name == artifact.name), None)
     if row is None:
         raise UsageError(f"{report_file} knows no {artifact.name}; give --model")
+    if sha256_of(artifact) != row["sha256"]:
+        raise UsageError(f"{artifact} has changed since {report_file} was written; run compress again, or give --model")
     stage = row["from_stage"]
     return _origin(artifact.parent, stage, row["precision"], report, count)
 

@@ -157,7 +157,8 @@ def _notes(done: Mapping[str, Entry], products: list[Any]) -> list[str]:
             far = f"the int8 graph is only {record['sqnr_db']:.1f} dB from its model; quantize.scheme=mixed or int8_dynamic"
             notes.append(f"{far} may be nearer")
     if "probe" in done:
-        notes.append(_probe_note(done["probe"].record["run"]))
+        run = done["probe"].record["run"]
+        notes += [_probe_note(run), *dict.fromkeys(n for result in run["results"] for n in _result_notes(result))]
     for product in products:
         checked = done[f"verify-{product.name}"].record
         if not checked["verified"]:
@@ -187,6 +188,12 @@ def _probe_note(run: Mapping[str, Any]) -> str:
         f"latency: p50 of {count} warm runs each, batch 1, {first.get('threads')} threads, interleaved in one process on "
         f"{device['name']} ({device.get('cores')} cores, {device.get('runtime')}); speed-up is against the first artifact"
     )
+
+
+def _result_notes(result: Mapping[str, Any]) -> list[str]:
+    """What the probe remarked on one artifact."""
+    unstable = ["still changing when the warm-up ended"] if result.get("stable") is False else []
+    return [f"latency of {result['model']}: {n}" for n in unstable] + [f"latency: {n}" for n in result.get("notes", ())]
 
 
 def write_report(report: Report, folder: Path) -> None:

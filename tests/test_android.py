@@ -334,6 +334,9 @@ def test_shell_keeps_words_and_exit_codes(tmp_path: Path, shell_v2: bool) -> Non
     adb.push(source, "/data/local/tmp/it's $HOME")
     adb.pull("/data/local/tmp/it's $HOME", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == source.read_bytes()
+    with pytest.raises(DeviceError) as refused:
+        adb.push(tmp_path / "closed", "/data/local/tmp/none")
+    assert not isinstance(refused.value, ConnectionLost), "the file is not there; its name is no word of adb's"
     phone.close()
 
 

@@ -143,6 +143,16 @@ def test_wrong_outputs_on_a_device_miss_a_gate(fake: FakeStages, tmp_path: Path,
         pipeline.compress(recipe(), tmp_path).require()
 
 
+def test_what_the_probe_remarked_is_in_the_report(fake: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {**LATENCY, "model": "merged", "stable": False, "notes": ["the machine was busy"]}
+    run = {"results": [result] * 3, "ratios": [{"value": 0.5}] * 2}
+    monkeypatch.setattr(stages_artifact, "make_probe", lambda c, found, f: {"names": [p.name for p in found], "run": run})
+    pipeline.compress(recipe(), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("latency: the machine was busy") == 1
+    assert text.count("latency of merged: still changing when the warm-up ended") == 1
+
+
 def test_latency_of_another_phone_is_not_this_ones(fake: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for serial in ("one", "two", "two"):
         monkeypatch.setattr(adb, "choose_device", lambda wanted, s=serial: adb.Adb(s, "adb"))

@@ -11,6 +11,7 @@ import torch
 from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, save_state
 from edge_ibtm.config import Recipe
 from edge_ibtm.errors import UsageError
+from edge_ibtm.files import sha256_of
 from edge_ibtm.provenance import origin_of
 
 SPEC = ModelSpec("mobilevit_xxs", 10, 64, MergeSpec("tome", 0.7))
@@ -21,7 +22,12 @@ def run(tmp_path: Path) -> Path:
     """What `compress` leaves behind, as far as verify reads it: a report and two fine-tuned models, one outdated."""
     record = {"spec": SPEC.to_json(), "top1": 50.0}
     recipe = Recipe.model_validate({"model": {"name": "mobilevit_xxs", "img_size": 64}, "verify": {"images": 3}})
-    artifact = {"path": "elsewhere/merged.coreml.fp16.mlpackage", "from_stage": "finetune", "precision": "fp16"}
+    package = tmp_path / "merged.coreml.fp16.mlpackage"
+    (package / "Data").mkdir(parents=True)
+    (package / "Data/model.mlmodel").write_bytes(b"program")
+    artifact = {
+        "path": f"elsewhere/{package.name}", "from_stage": "finetune", "precision": "fp16", "sha256": sha256_of(package)
+    }  # fmt: skip
     report = {"recipe": recipe.model_dump(mode="json"), "stages": {"finetune": record}, "artifacts": [artifact]}
     (tmp_path / "report.json").write_text(json.dumps(report))
     for name, held in (("finetune-aaa", {**record, "top1": 10.0}), ("finetune-bbb", record)):
@@ -47,6 +53,11 @@ def test_what_cannot_be_found_is_said(run: Path, tmp_path_factory: pytest.TempPa
         origin_of(tmp_path_factory.mktemp("other") / "m.mlpackage")
     with pytest.raises(UsageError, match=r"knows no mine\.pte"):
         origin_of(run / "mine.pte")
+    program = run / "merged.coreml.fp16.mlpackage/Data/model.mlmodel"
+    program.write_bytes(b"another")
+    with pytest.raises(UsageError, match="has changed since"):
+        origin_of(run / "merged.coreml.fp16.mlpackage")
+    program.write_bytes(b"program")
     (run / "stages/finetune-bbb/entry.json").unlink()
     with pytest.raises(UsageError, match="no longer under"):
         origin_of(run / "merged.coreml.fp16.mlpackage")

@@ -112,7 +112,7 @@ class Adb:
         said = (done.stderr + done.stdout).strip()
         telling = [line for line in said.splitlines() if "error" in line or "failed" in line] or said.splitlines()
         last = telling[-1] if telling else f"exit code {done.returncode}"
-        if _LOST.search(said):
+        if _LOST.search(said.replace(source, "")):  # a path may hold the same words
             raise self._lost(said, f"{verb} {Path(source).name}")
         raise _refusal(f"adb {verb} of {Path(source).name} failed: {last}", said)
 
