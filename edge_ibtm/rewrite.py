@@ -52,8 +52,9 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
     from edge_ibtm.rewrite_class_token import class_token_only
     from edge_ibtm.rewrite_conv import fold_batch_norms
     from edge_ibtm.rewrite_stream import lighten_norms
+    from edge_ibtm.rewrite_unusual import separate
 
-    twin = copy.deepcopy(model).eval()
+    twin = separate(copy.deepcopy(model)).eval()
     fold_batch_norms(twin)
     lighten_norms(twin)
     return class_token_only(rewrite_modules(twin, rewrites()))

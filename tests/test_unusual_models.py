@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import timm
 import torch
+from timm.models.mobilevit import MobileVitBlock
 from torch import nn
 
 import edge_ibtm
+from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.errors import UsageError
-from edge_ibtm.rewrite import export_rewritten
+from edge_ibtm.rewrite import export_rewritten, prepare_for_export
 from edge_ibtm.surgery import sites_of
 
 
@@ -26,9 +31,23 @@ class LowRank(nn.Linear):
         return super().forward(x) + (x @ self.a) @ self.b
 
 
-def vit() -> nn.Module:
+def vit(**options: Any) -> Any:
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=10).eval()
+    return timm.create_model("vit_tiny_patch16_224", **{"img_size": 64, "depth": 2, "num_classes": 10, **options}).eval()
+
+
+def shaken(model: Any) -> Any:
+    """The same model, its scales and shifts not those that timm starts with."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def sqnr(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """Signal to noise in dB."""
+    return float(10 * torch.log10(wanted.square().sum() / ((wanted - got).square().sum() + 1e-30)))
 
 
 @pytest.mark.parametrize(("part", "layer"), [("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")])
@@ -57,3 +76,66 @@ def test_a_model_without_a_place_for_sites_is_refused() -> None:
 def test_sites_take_the_models_type(dtype: torch.dtype) -> None:
     model = edge_ibtm.insert_mergers(vit().to(dtype), merger="ibtm")
     assert model(torch.randn(1, 3, 64, 64, dtype=dtype)).dtype is dtype
+
+
+@pytest.mark.parametrize("again", [0, 1], ids=["first-and-last", "neighbours"])
+@pytest.mark.parametrize("merger", [None, "tome"])
+def test_a_block_that_stands_at_two_places(again: int, merger: str | None) -> None:
+    model = shaken(vit(depth=3, global_pool="token"))
+    model.blocks[2] = model.blocks[again]
+    apart = copy.deepcopy(model)
+    apart.blocks[2] = copy.deepcopy(apart.blocks[again])
+    if merger:
+        for each in (model, apart):
+            edge_ibtm.insert_mergers(each, merger=merger, density="block")
+        assert len(model.blocks) == 3 and len(model.blocks[:3]) == 3
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = apart(x)
+        assert torch.equal(model(x), expected)
+        assert sqnr(expected, prepare_for_export(model)(x)) >= 100
+        assert torch.equal(edge_ibtm.remove_mergers(model)(x), edge_ibtm.remove_mergers(apart)(x))
+
+
+@pytest.mark.parametrize("part", ["norm1", "mlp", "attn"])
+def test_a_part_that_two_blocks_share(part: str) -> None:
+    model, x = shaken(vit(depth=2)), torch.randn(1, 3, 64, 64)
+    setattr(model.blocks[1], part, getattr(model.blocks[0], part))
+    with torch.no_grad():
+        assert sqnr(model(x), prepare_for_export(model)(x)) >= 100
+
+
+@torch.no_grad()
+def test_a_mobilevit_block_that_stands_at_two_places_merges_at_both() -> None:
+    model, side = BACKBONES["mobilevit"].twin()
+    stage = next(s for s in model.stages if isinstance(s[-1], MobileVitBlock))
+    stage.append(stage[-1])
+    x = torch.randn(1, 3, side, side)
+    before, expected = len(list(stage)), model(x)
+    edge_ibtm.insert_mergers(model, merger="tome")
+    assert len(edge_ibtm.merge_trace(model, x)) == len(sites_of(model)) + 1
+    assert sqnr(model(x), prepare_for_export(model)(x)) >= 100
+    edge_ibtm.remove_mergers(model)
+    assert len(list(stage)) == before and torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("features", [False, True], ids=["logits", "features"])
+@pytest.mark.parametrize(
+    ("family", "density"), [(name, density) for name, family in BACKBONES.items() for density in family.densities]
+)
+def test_checkpointed_gradients_are_the_gradients(family: str, density: str, features: bool) -> None:
+    torch.manual_seed(0)
+    model, side = BACKBONES[family].twin()
+    edge_ibtm.insert_mergers(model, merger="ibtm", density=density)  # in eval mode: statistics of a batch count once
+    images = torch.randn(2, 3, side, side)
+    found = []
+    for checkpointed in (False, True):
+        model.set_grad_checkpointing(checkpointed)
+        model.zero_grad()
+        outputs = model.forward_intermediates(images, intermediates_only=True) if features else [model(images)]
+        sum(y.square().sum() for y in outputs).backward()  # type: ignore[union-attr]
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys() and len(plain) > 20
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
-from .common import Family, MergedBlocks, Settings, SiteMaker, captured, replace_modules
+from .common import Family, MergedBlocks, Settings, SiteMaker, captured, handing_on, replace_modules
 
 MODELS = (
     *(f"vit_{size}_patch16_{pixels}" for size in ("tiny", "small", "base") for pixels in (224, 384)),
@@ -85,17 +86,14 @@ class MergedViTBlocks(MergedBlocks):
             carry = self.step(index, block, carry)
         return carry.unmerged() if self.restore else carry.x
 
-    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Callables that give unmerged tokens, so that timm's forward_intermediates sees the original grid."""
-        carry: Carry | None = None
 
-        def call(index: int, block: nn.Module, x: Tensor) -> Tensor:
-            nonlocal carry
+        def step(index: int, block: nn.Module, x: Tensor, carry: Carry | None) -> tuple[Tensor, Carry]:
             carry = self.step(index, block, Carry(x) if carry is None else carry)
-            return carry.unmerged()
+            return carry.unmerged(), carry
 
-        for index, block in enumerate(self.blocks()):
-            yield lambda x, index=index, block=block: call(index, block, x)
+        return handing_on(partial(step, index, block) for index, block in enumerate(self.blocks()))
 
     def step(self, index: int, block: nn.Module, carry: Carry) -> Carry:
         """One block, with its site if it has one."""
