@@ -16,6 +16,7 @@ from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.errors import UsageError
 from edge_ibtm.rewrite import export_rewritten, prepare_for_export
 from edge_ibtm.surgery import sites_of
+from edge_ibtm.tokens import similarity
 
 
 class LowRank(nn.Linear):
@@ -139,3 +140,27 @@ def test_checkpointed_gradients_are_the_gradients(family: str, density: str, fea
     assert plain.keys() == again.keys() and len(plain) > 20
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exporting", [False, True])
+@pytest.mark.parametrize("merger", ["tome", "tofu", "ibtm"])
+def test_large_activations_in_half_precision(merger: str, exporting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """|token|^2 is beyond float16 here."""
+    torch.manual_seed(0)
+    model, side = BACKBONES["mobilevit"].twin()
+    for module in model.modules():
+        if isinstance(module, MobileVitBlock):
+            module.conv_1x1.weight *= 100
+    edge_ibtm.insert_mergers(model, merger=merger)
+    x = torch.randn(1, 3, side, side)
+    expected, half = model(x), model.half()
+    if exporting:
+        half = prepare_for_export(half)
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # lines are compared as in an exported graph
+    assert sqnr(expected, half(x.half()).float()) > 50
+
+
+def test_zero_tokens_in_half_precision_are_not_alike() -> None:
+    x = torch.cat([torch.zeros(1, 2, 8), torch.ones(1, 2, 8)], 1).half()
+    assert similarity(x).tolist() == [[[0, 0], [0, 1]]]
