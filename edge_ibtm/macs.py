@@ -88,8 +88,8 @@ def solve_keep_ratio(
     base = count_macs(model, img_size)
 
     def cost(ratio: float) -> float:
-        family.insert(model, replace(settings, keep_ratio=ratio))
         try:
+            family.insert(model, replace(settings, keep_ratio=ratio))
             return count_macs(model, img_size) / base
         finally:
             family.remove(model)

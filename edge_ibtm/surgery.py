@@ -85,7 +85,11 @@ def insert_mergers(
 
 def _insert(model: nn.Module, family: Family, settings: Settings) -> None:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
-    family.insert(model, settings)
+    try:
+        family.insert(model, settings)
+    except UsageError:
+        remove_mergers(model)
+        raise
     sites = sites_of(model)
     if not sites:
         raise UsageError(f"{type(model).__name__} has no place for a merge site: no {family.name} stage with attention")

@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.models.mobilevit import MobileVitBlock
 from torch import nn
+from torch.nn.utils import prune
 
 import edge_ibtm
 from edge_ibtm.backbones import BACKBONES
@@ -23,7 +24,7 @@ class LowRank(nn.Linear):
     """A linear layer with a branch of its own, as LoRA adds."""
 
     def __init__(self, old: nn.Linear) -> None:
-        super().__init__(old.in_features, old.out_features)
+        super().__init__(old.in_features, old.out_features, old.bias is not None)
         self.load_state_dict(old.state_dict())
         self.a = nn.Parameter(torch.randn(old.in_features, 4) * 0.1)
         self.b = nn.Parameter(torch.randn(4, old.out_features) * 0.1)
@@ -164,3 +165,90 @@ def test_large_activations_in_half_precision(merger: str, exporting: bool, monke
 def test_zero_tokens_in_half_precision_are_not_alike() -> None:
     x = torch.cat([torch.zeros(1, 2, 8), torch.ones(1, 2, 8)], 1).half()
     assert similarity(x).tolist() == [[[0, 0], [0, 1]]]
+
+
+@pytest.mark.parametrize("path", ["patch_embed", "blocks.0", "blocks.0.norm1", "blocks.1.attn.qkv", "norm"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_on_parts_are_not_lost_silently(path: str, kind: str) -> None:
+    model, x = vit(), torch.randn(1, 3, 64, 64)
+    handle = getattr(model.get_submodule(path), kind)(lambda *_: None)
+    with pytest.raises(UsageError, match=f"^{path} .* cannot be rewritten for export: its forward hook .* would be lost"):
+        prepare_for_export(model)
+    handle.remove()
+    prepare_for_export(model)(x)
+
+
+@torch.no_grad()
+def test_a_hook_on_the_model_itself_is_kept() -> None:
+    model, x = vit(), torch.randn(1, 3, 64, 64)
+    model.register_forward_hook(lambda _m, _i, out: out * 2 + 1)
+    assert sqnr(model(x), prepare_for_export(model)(x)) >= 100
+
+
+@pytest.mark.parametrize(
+    ("family", "density", "path"),
+    [
+        ("vit", "once", "blocks"), ("vit", "once", "blocks.0"), ("swin", "stage", "layers.1.blocks.0"),
+        ("mobilevit", "stage", "stages.2.1"), ("mobilevit", "block", "stages.1.1.transformer.2"),
+        ("efficientvit", "stage", "stages.3.blocks.1.local_module"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("macs", [None, 0.9])
+def test_hooks_that_merging_would_lose_are_refused(family: str, density: str, path: str, macs: float | None) -> None:
+    model, side = BACKBONES[family].twin()
+    handle = model.get_submodule(path).register_forward_hook(lambda *_: None)
+    before = str(model)
+    with pytest.raises(UsageError, match=f"a forward hook on {type(model.get_submodule(path)).__name__} would be lost"):
+        edge_ibtm.insert_mergers(model, merger="tome", density=density, macs=macs, img_size=side)
+    assert str(model) == before
+    handle.remove()
+    edge_ibtm.insert_mergers(model, merger="tome", density=density)
+
+
+def test_a_hook_on_a_block_that_stays_whole_is_kept() -> None:
+    model, seen = vit(), []
+    model.blocks[1].register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
+    edge_ibtm.insert_mergers(model, merger="tome", density="once")(torch.randn(1, 3, 64, 64))
+    assert seen == [12]
+
+
+def test_pruned_layers_name_what_to_call_first() -> None:
+    model, x = edge_ibtm.insert_mergers(vit(), merger="tome"), torch.randn(1, 3, 64, 64)
+    prune.l1_unstructured(model.get_submodule("blocks.0.mlp.fc1"), "weight", 0.3)
+    expected = model(x).detach()
+    with pytest.raises(UsageError, match=r"blocks.0.mlp.fc1 .* first call torch.nn.utils.prune.remove\(layer, 'weight'\)"):
+        prepare_for_export(model)
+    prune.remove(model.get_submodule("blocks.0.mlp.fc1"), "weight")
+    assert sqnr(expected, prepare_for_export(model)(x).detach()) >= 100
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_weights_made_by_a_hook_name_what_to_call_first(norm: str) -> None:
+    model = vit()
+    getattr(torch.nn.utils, norm)(model.blocks[0].attn.qkv)
+    with pytest.raises(UsageError, match=rf"blocks.0.attn.qkv .* first call torch.nn.utils.remove_{norm}\(layer\)"):
+        prepare_for_export(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merger", [None, "ibtm"])
+@pytest.mark.parametrize("family", BACKBONES)
+def test_parametrized_layers_are_kept(family: str, merger: str | None) -> None:
+    torch.manual_seed(0)
+    model, side = BACKBONES[family].twin()
+    shaken(model)
+    for layer in [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    if merger:
+        edge_ibtm.insert_mergers(model, merger=merger)
+    x = torch.randn(1, 3, side, side)
+    assert sqnr(model(x), prepare_for_export(model)(x)) >= 100
+
+
+@torch.no_grad()
+def test_swins_reduction_with_arithmetic_of_its_own_is_kept() -> None:
+    model, side = BACKBONES["swin"].twin()
+    merging = shaken(model).layers[1].downsample
+    merging.reduction = LowRank(merging.reduction)
+    x = torch.randn(1, 3, side, side)
+    assert sqnr(model(x), prepare_for_export(model)(x)) >= 100

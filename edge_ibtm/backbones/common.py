@@ -89,9 +89,14 @@ class MergedBlocks(nn.Module):
 
     def __init__(self, blocks: nn.Sequential, sites: dict[int, Site]) -> None:
         super().__init__()
+        check_hooks(blocks, *self.taken_apart(blocks, sites))
         for name, block in blocks._modules.items():
             self.add_module(name, block)
         self.sites = nn.ModuleDict({str(i): site for i, site in sites.items()})
+
+    def taken_apart(self, blocks: nn.Sequential, sites: dict[int, Site]) -> list[nn.Module]:
+        """Modules whose own forward does not run any more."""
+        return [blocks[index] for index in sites]
 
     def blocks(self) -> list[nn.Module]:
         """timm's own blocks, in order; one that stands at two places comes twice."""
@@ -133,6 +138,9 @@ class MergedBlocks(nn.Module):
 class RestoringBlocks(MergedBlocks):
     """Blocks that restore their tokens: what passes between them is the map, and the last site's plan for reuse."""
 
+    def taken_apart(self, blocks: nn.Sequential, sites: dict[int, Site]) -> list[nn.Module]:
+        return list(blocks)
+
     def step(self, index: int, block: nn.Module, x: Tensor, merged: Merged | None) -> tuple[Tensor, Merged | None]:
         """One block on x, and the plan that a later block without a site may reuse."""
         raise NotImplementedError
@@ -160,6 +168,16 @@ def handing_on(steps: Iterable[Callable[[Tensor, Any], tuple[Tensor, Any]]]) -> 
 
     for index, step in enumerate(steps):
         yield partial(call, index, step)
+
+
+def check_hooks(*modules: nn.Module) -> None:
+    """Raise UsageError where a module that a surgery replaces or takes apart has forward hooks, which would be lost."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UsageError(
+                f"a forward hook on {type(module).__name__} would be lost, for merging replaces it or runs its parts one by "
+                "one; first remove it by the handle that registered it, or hook its attention or MLP"
+            )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
-from .common import Family, Settings, SiteMaker, no_attention, replace_modules
+from .common import Family, Settings, SiteMaker, check_hooks, no_attention, replace_modules
 from .once import forget_features, restore_features
 from .vit import attention_half, mlp_half, size_bias, spread
 
@@ -35,6 +35,7 @@ class MergedMobileVitBlock(nn.Module):
 
     def __init__(self, block: MobileVitBlock, sites: list[Site], density: str) -> None:
         super().__init__()
+        check_hooks(block, *(block.transformer if density in ("block", "progressive") else ()))
         for name, child in block.named_children():
             self.add_module(name, child)
         self.patch_size, self.patch_area, self.density = block.patch_size, block.patch_area, density
