@@ -252,3 +252,26 @@ def test_swins_reduction_with_arithmetic_of_its_own_is_kept() -> None:
     merging.reduction = LowRank(merging.reduction)
     x = torch.randn(1, 3, side, side)
     assert sqnr(model(x), prepare_for_export(model)(x)) >= 100
+
+
+@torch.no_grad()
+def test_a_grid_follows_set_input_size() -> None:
+    options = {"merger": "tome", "layout": "grid"}
+    early = edge_ibtm.insert_mergers(vit(), **options)  # type: ignore[arg-type]
+    early.set_input_size((32, 128))
+    late = vit()
+    late.set_input_size((32, 128))
+    edge_ibtm.insert_mergers(late, **options)  # type: ignore[arg-type]
+    x = torch.randn(1, 3, 32, 128)
+    assert torch.equal(early(x), late(x)) and early.state_dict().keys() == late.state_dict().keys()
+    twin = copy.deepcopy(early)
+    early.set_input_size((64, 64))
+    assert torch.equal(twin(x), late(x)), "a copy has a grid of its own"
+
+
+def test_a_grid_of_any_size_is_refused() -> None:
+    model = vit(dynamic_img_size=True)
+    with pytest.raises(UsageError, match="takes images of any size .* use layout='sequence'"):
+        edge_ibtm.insert_mergers(model, merger="tome", layout="grid")
+    edge_ibtm.insert_mergers(model, merger="tome")
+    assert model(torch.randn(1, 3, 32, 96)).shape == (1, 10)

@@ -92,7 +92,7 @@ class MergedBlocks(nn.Module):
         check_hooks(blocks, *self.taken_apart(blocks, sites))
         for name, block in blocks._modules.items():
             self.add_module(name, block)
-        self.sites = nn.ModuleDict({str(i): site for i, site in sites.items()})
+        self.sites, self.training = nn.ModuleDict({str(i): site for i, site in sites.items()}), blocks.training
 
     def taken_apart(self, blocks: nn.Sequential, sites: dict[int, Site]) -> list[nn.Module]:
         """Modules whose own forward does not run any more."""
@@ -107,7 +107,9 @@ class MergedBlocks(nn.Module):
 
     def restored(self) -> nn.Sequential:
         """The nn.Sequential that was replaced."""
-        return nn.Sequential(*self.blocks())
+        blocks = nn.Sequential(*self.blocks())
+        blocks.training = self.training
+        return blocks
 
     def __len__(self) -> int:
         return len(self.blocks())

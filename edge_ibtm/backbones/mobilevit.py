@@ -40,7 +40,7 @@ class MergedMobileVitBlock(nn.Module):
             self.add_module(name, child)
         self.patch_size, self.patch_area, self.density = block.patch_size, block.patch_area, density
         self.conv_fusion = block.conv_fusion
-        self.sites = nn.ModuleList(sites)
+        self.sites, self.training = nn.ModuleList(sites), block.training
         self.centre = nn.Identity()  # what goes into the layers behind an entry's site; they ignore its mean
 
     def restored(self) -> MobileVitBlock:
@@ -51,7 +51,8 @@ class MergedMobileVitBlock(nn.Module):
             if name not in ("sites", "centre"):
                 block.add_module(name, child)
         block.patch_size, block.patch_area, block.conv_fusion = self.patch_size, self.patch_area, self.conv_fusion
-        return block.train(self.training)
+        block.training = self.training
+        return block
 
     def forward(self, x: Tensor) -> Tensor:
         """A map [B, C, H, W] through the block: the same shape, or H' x W' with density "once"."""
@@ -203,7 +204,7 @@ def insert(model: nn.Module, settings: Settings) -> None:
         inner: Any = block.conv_kxk.conv.in_channels if once else block.conv_1x1.out_channels  # type: ignore[union-attr]
         restored = settings.density in ("stage", "block")
         sites = [maker(inner, rows_alone=restored, strided=once) for _ in range(count)]
-        return MergedMobileVitBlock(block, sites, settings.density).train(block.training)
+        return MergedMobileVitBlock(block, sites, settings.density)
 
     replace_modules(model, MobileVitBlock, change)
     if settings.density == "once":

@@ -56,7 +56,7 @@ class OneCall(tuple[Callable[[Tensor], Tensor]]):
         return self[0](x)
 
 
-def restoring(stages: Iterable[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
+def restoring(stages: Iterable[nn.Module]) -> Iterator[OneCall]:
     """One callable a stage: takes what the one before returned, returns the stage's map on the original grid."""
     return (OneCall((call,)) for call in handing_on(partial(_restored, stage) for stage in stages))
 
