@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from edge_ibtm.finetune_data import as_dataset
+from edge_ibtm.modes import evaluating
 from edge_ibtm.statistics import all_sum
 
 
@@ -37,33 +38,24 @@ def evaluation_batches(
     return iter(DataLoader(dataset, batch_sampler=cut, **options))
 
 
-@torch.no_grad()
 def predictions(model: nn.Module, data: Dataset | DataLoader, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """(predicted class [n], label [n]) of every image in order, in this process alone, in eval mode."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    pairs = [
-        (model(images.to(device)).argmax(-1).cpu(), labels) for images, labels in evaluation_batches(data, batch_size)
-    ]
-    model.train(was_training)
+    batches = evaluation_batches(data, batch_size)
+    with evaluating(model) as device:
+        pairs = [(model(images.to(device)).argmax(-1).cpu(), labels) for images, labels in batches]
     return torch.cat([p for p, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, data: Dataset | DataLoader, *, batch_size: int = 64, accelerator: Any = None
 ) -> Evaluation:
     """Top-1 and loss of the model in eval mode; each rank takes its part and the counts are summed."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    counts = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in evaluation_batches(data, batch_size, accelerator):
-        logits, labels = model(images.to(device)).float(), labels.to(device)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(-1) == labels).sum()
-        counts += torch.stack([correct.double(), loss.double(), counts.new_tensor(len(labels))])
-    model.train(was_training)
+    with evaluating(model) as device:
+        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        for images, labels in evaluation_batches(data, batch_size, accelerator):
+            logits, labels = model(images.to(device)).float(), labels.to(device)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            correct = (logits.argmax(-1) == labels).sum()
+            counts += torch.stack([correct.double(), loss.double(), counts.new_tensor(len(labels))])
     correct, loss, images_seen = all_sum(accelerator)(counts).tolist()
     return Evaluation(100 * correct / images_seen, loss / images_seen, int(images_seen))

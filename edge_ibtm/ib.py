@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from edge_ibtm.finetune_eval import evaluation_batches
 from edge_ibtm.finetune_loss import classifier_of, pooled_features
 from edge_ibtm.information import ib_bound, input_entropy
+from edge_ibtm.modes import evaluating
 from edge_ibtm.statistics import JointCounter, all_sum, default_clusters, fit_clusters
-from edge_ibtm.statistics_sites import evaluating
 
 LAST = "last features"
 

@@ -10,19 +10,31 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .backbones import Family, Settings
 from .errors import UsageError
+from .modes import evaluating
 
 
-def default_size(model: nn.Module) -> int:
-    """The image side a model is made for, in pixels, from its timm configuration."""
+def default_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images a model is made for, in pixels, from its timm configuration."""
     inner: Any = getattr(model, "model", model)
     patch = getattr(inner, "patch_embed", None)
     if patch is not None and getattr(patch, "img_size", None):
-        return int(patch.img_size[0])
-    return int((getattr(inner, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1])
+        height, width = patch.img_size
+    else:
+        _, height, width = (getattr(inner, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+    return int(height), int(width)
+
+
+def blank_image(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Tensor:
+    """One black image [1, C, H, W] in the model's type, on its device; img_size: a side, or height and width."""
+    size = default_size(model) if img_size is None else img_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    like = next(model.parameters())
+    return torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
 
 
 def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> int:
@@ -33,17 +45,12 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
 def _by_operator(model: nn.Module, img_size: int | tuple[int, int] | None) -> dict[str, int]:
     from torch.utils.flop_counter import FlopCounterMode
 
-    side = default_size(model) if img_size is None else img_size
-    height, width = side if isinstance(side, tuple) else (side, side)
-    counter = FlopCounterMode(display=False)
-    parameter = next(model.parameters())
-    image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
-    training, fused = model.training, _set_fused(model, False)
+    counter, image = FlopCounterMode(display=False), blank_image(model, img_size)
+    fused = _set_fused(model, False)
     try:
-        with torch.no_grad(), counter:
-            model.eval()(image)
+        with evaluating(model), torch.enable_grad(), counter:  # the counter fails on views made without gradients
+            model(image)
     finally:
-        model.train(training)
         for module, value in fused:
             module.fused_attn = value  # type: ignore[assignment]
     flops = counter.get_flop_counts().get("Global", {})
@@ -66,7 +73,7 @@ def analytic_macs(model: nn.Module, img_size: int | tuple[int, int] | None = Non
     """
     from .macs_analytic import by_module
 
-    return by_module(model, default_size(model) if img_size is None else img_size)
+    return by_module(model, blank_image(model, img_size))
 
 
 def transformer_block_macs(tokens: int, width: int, *, mlp_tokens: int | None = None, mlp_ratio: float = 4.0) -> int:
@@ -88,8 +95,8 @@ def solve_keep_ratio(
     base = count_macs(model, img_size)
 
     def cost(ratio: float) -> float:
-        family.insert(model, replace(settings, keep_ratio=ratio))
         try:
+            family.insert(model, replace(settings, keep_ratio=ratio))
             return count_macs(model, img_size) / base
         finally:
             family.remove(model)

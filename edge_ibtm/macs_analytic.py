@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm.layers import Attention
 from timm.models.efficientvit_mit import LiteMLA
 from timm.models.swin_transformer import WindowAttention
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 
 from .backbones.common import MergedBlocks
 from .backbones.vit import MergedViTBlocks
+from .modes import evaluating
 from .plan import DensePlan, GridPlan, PrefixPlan
 from .site import Merged, Site
 
 
-def by_module(model: nn.Module, img_size: int | tuple[int, int]) -> dict[str, int]:
-    """MACs of one image by path of the linear, convolution, attention or site that costs them."""
-    height, width = img_size if isinstance(img_size, tuple) else (img_size, img_size)
+def by_module(model: nn.Module, image: Tensor) -> dict[str, int]:
+    """MACs of one image [1, C, H, W] by path of the linear, convolution, attention or site that costs them."""
     costs: dict[str, int] = {}
 
     reuses = _reuses(model)
@@ -38,12 +37,10 @@ def by_module(model: nn.Module, img_size: int | tuple[int, int]) -> dict[str, in
         for kind, rule in RULES.items()
         if isinstance(module, kind)
     ]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, height, width))
+        with evaluating(model):
+            model(image)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return costs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .constants import constant
-from .short_lines import averages, is_short
+from .short_lines import as_type, averages, is_short, summable
 from .tokens import Route, row_max, unit
 
 
@@ -87,8 +87,8 @@ def column(x: Tensor) -> Tensor:
 
 
 def _with_norm(mean: Tensor, x: Tensor, share: Tensor) -> Tensor:
-    ones = constant("ones", x.shape[-1], like=x)
-    norms = torch.sqrt((x * x) @ ones)
+    wide = summable(x)
+    norms = as_type(torch.sqrt((wide * wide) @ constant("ones", x.shape[-1], like=wide)), x.dtype)
     return unit(mean) * row_max(share * norms.transpose(1, 2))
 
 

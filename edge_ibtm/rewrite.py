@@ -48,12 +48,17 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
 
 
 def prepare_for_export(model: nn.Module) -> nn.Module:
-    """A rewritten copy of `model` in eval mode, equal to it up to rounding; the original is untouched; idempotent."""
+    """A rewritten copy of `model` in eval mode, equal to it up to rounding; the original is untouched; idempotent.
+
+    Raises UsageError for parts with forward hooks, pruned layers among them.
+    """
     from edge_ibtm.rewrite_class_token import class_token_only
     from edge_ibtm.rewrite_conv import fold_batch_norms
     from edge_ibtm.rewrite_stream import lighten_norms
+    from edge_ibtm.rewrite_unusual import refuse_hooks, separate
 
-    twin = copy.deepcopy(model).eval()
+    refuse_hooks(model)
+    twin = separate(copy.deepcopy(model)).eval()
     fold_batch_norms(twin)
     lighten_norms(twin)
     return class_token_only(rewrite_modules(twin, rewrites()))

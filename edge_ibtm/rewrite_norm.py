@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edge_ibtm.short_lines import as_type, summable
+
 
 class MeanFreeNorm(nn.LayerNorm):
     """An nn.LayerNorm over one axis whose inputs [..., D] have mean zero (see `rewrite_stream`)."""
@@ -78,8 +80,8 @@ class LinearNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         centred = x if self.mean_free else x - self.mean(x)
-        variance = self.mean(centred * centred)
-        normed = centred * torch.rsqrt(variance + self.eps)
+        wide = summable(centred)
+        normed = centred * as_type(torch.rsqrt(self.mean(wide * wide) + self.eps), x.dtype)
         if self.weight is not None:
             normed = normed * self.weight
         return normed if self.bias is None else normed + self.bias

@@ -36,7 +36,7 @@ def lighten_norms(model: nn.Module) -> nn.Module:
         for module in model.modules():
             if _is_plain(module):
                 _fold_block(module)
-            elif type(module) is PatchMerging:
+            elif type(module) is PatchMerging and type(module.reduction) is nn.Linear:
                 _fold_affine(module.norm, module.reduction)
         for module in list(model.modules()):
             if type(module) in (MobileVitBlock, MergedMobileVitBlock):
@@ -53,9 +53,9 @@ def _is_plain(block: Any) -> bool:
     attention = layers.Attention if type(block) is Block else WindowAttention
     if type(block.attn) is not attention or type(block.mlp) is not layers.Mlp:
         return False
-    linear = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    linear = (block.attn.qkv, block.attn.proj, getattr(block.attn, "gate", None), block.mlp.fc1, block.mlp.fc2)
     return (
-        all(type(layer) is nn.Linear for layer in linear)
+        all(type(layer) is nn.Linear for layer in linear if layer is not None)
         and _is_norm(block.norm1) and _is_norm(block.norm2)
     )  # fmt: skip
 

@@ -21,6 +21,11 @@ def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def summable(x: Tensor) -> Tensor:
+    """x in a type that holds its sums of squares: beyond 65504 those of float16 are infinite, below 6e-8 zero."""
+    return as_type(x, torch.float32) if x.dtype == torch.float16 else x
+
+
 def is_short(length: int) -> bool:
     """Whether a graph is exported and lines of `length` tokens are handled here."""
     return torch.compiler.is_exporting() and length <= SHORT
@@ -46,6 +51,7 @@ def squared_lengths(metric: Tensor) -> Tensor:
 
 def _all_pairs(metric: Tensor) -> Tensor:
     """Products [R, L * L] in float32 of all tokens of a line with each other."""
+    metric = summable(metric)
     products = as_type(metric @ metric.transpose(1, 2), torch.float32)
     return products.reshape(metric.shape[0], metric.shape[1] ** 2)
 

@@ -15,21 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edge_ibtm.mergers import IBStep
+from edge_ibtm.modes import evaluating
 from edge_ibtm.statistics import all_sum, fit_clusters
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode without gradients, the former mode afterwards; gives the model's device."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

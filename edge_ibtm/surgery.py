@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from .backbones import Family, Settings, family_of
 from .errors import UsageError, lookup
+from .macs import blank_image, solve_keep_ratio
 from .mergers import check_merger
+from .modes import evaluating
 from .site import Merged, Site
 from .tokens import check_ratio
 
@@ -76,8 +78,6 @@ def insert_mergers(
     _check_ratios(keep_ratio)
     remove_mergers(model)
     if macs is not None:
-        from .macs import solve_keep_ratio
-
         settings = solve_keep_ratio(model, family, settings, macs, img_size)
     _insert(model, family, settings)
     return model
@@ -85,7 +85,11 @@ def insert_mergers(
 
 def _insert(model: nn.Module, family: Family, settings: Settings) -> None:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
-    family.insert(model, settings)
+    try:
+        family.insert(model, settings)
+    except UsageError:
+        remove_mergers(model)
+        raise
     sites = sites_of(model)
     if not sites:
         raise UsageError(f"{type(model).__name__} has no place for a merge site: no {family.name} stage with attention")
@@ -131,12 +135,11 @@ def merge_trace(model: nn.Module, images: Tensor) -> list[SiteTrace]:
     return [SiteTrace(name, _matrix(m), m.weight, m.size) for name, m in seen]
 
 
-def schedule(model: nn.Module, img_size: int) -> list[Step]:
-    """The steps of a merged model, site by site, for images of img_size pixels a side."""
-    like = next(model.parameters())
-    training, sites = model.training, sites_of(model)
-    seen = merge_trace(model.eval(), torch.zeros(1, 3, img_size, img_size, device=like.device, dtype=like.dtype))
-    model.train(training)
+def schedule(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> list[Step]:
+    """The steps of a merged model, site by site, for images of img_size pixels (a side, or height and width)."""
+    sites = sites_of(model)
+    with evaluating(model):
+        seen = merge_trace(model, blank_image(model, img_size))
     return [Step(t.path, sites[t.path].keep_ratio, *reversed(t.assignment.shape[1:])) for t in seen]
 
 

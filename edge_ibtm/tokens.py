@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .constants import PROTECTED, constant
 from .errors import UsageError
-from .short_lines import as_type, assign, cosines, is_short, lowered
+from .short_lines import as_type, assign, cosines, is_short, lowered, summable
 
 _HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
 _EPS = 1e-12
@@ -170,8 +170,9 @@ def rank(values: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """x [..., D] scaled to unit length over the last axis."""
+    dtype, x = x.dtype, summable(x)
     norm = (x * x) @ constant("ones", x.shape[-1], like=x)
-    return x * torch.rsqrt(norm + _EPS)
+    return as_type(x * torch.rsqrt(norm + _EPS), dtype)
 
 
 def similarity(metric: Tensor) -> Tensor:

@@ -188,8 +188,7 @@ def test_full_size_models_lower_and_equal_eager(name: str, tmp_path: object) -> 
 
     torch.manual_seed(0)
     model = edge_ibtm.insert_mergers(edge_ibtm.build_model(name))
-    side = default_size(model)
-    images = torch.randn(1, 3, side, side)
+    images = torch.randn(1, 3, *default_size(model))
     artifact = edge_ibtm.lower(model, (images,), tmp_path / "model.pte")  # type: ignore[operator]
     (output,) = run_pte(artifact.path, (images,))
     expected = model(images)

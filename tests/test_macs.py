@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import timm
+from torch import nn
 
 import edge_ibtm
 from edge_ibtm.backbones import BACKBONES, family_of
 from edge_ibtm.macs import analytic_macs, transformer_block_macs
+from edge_ibtm.surgery import schedule
 
 
 @pytest.mark.parametrize(
@@ -74,3 +77,31 @@ def test_oblong_images_and_training_mode() -> None:
     model, _ = BACKBONES["mobilevit"].twin()
     assert edge_ibtm.count_macs(model.train(), (128, 64)) < edge_ibtm.count_macs(model, 128)
     assert model.training
+
+
+@pytest.mark.parametrize("options", [{"img_size": (32, 64)}, {"in_chans": 1}, {"global_pool": "map", "class_token": False}])
+def test_images_that_are_not_square_or_not_of_three_channels_and_attention_pooling(options: dict[str, object]) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **{"img_size": 64, "depth": 2, "num_classes": 10, **options}).eval()
+    base = edge_ibtm.count_macs(model)
+    by_module = analytic_macs(model)
+    assert sum(by_module.values()) == pytest.approx(base, rel=0.01)
+    edge_ibtm.insert_mergers(model, merger="tome", macs=0.9)
+    assert 0.8 * base < edge_ibtm.count_macs(model) <= 0.9 * base
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    assert [step.entering for step in schedule(model)] == [tokens]
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_frozen_layers_stay_frozen(family: str) -> None:
+    model, side = BACKBONES[family].twin()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.BatchNorm2d)):
+            module.eval()
+    frozen = {name for name, module in model.named_modules() if not module.training}
+    edge_ibtm.count_macs(model, side)
+    edge_ibtm.insert_mergers(model, merger="tome")
+    analytic_macs(model, side)
+    schedule(model, side)
+    edge_ibtm.remove_mergers(model)
+    assert {name for name, module in model.named_modules() if not module.training} == frozen != set()

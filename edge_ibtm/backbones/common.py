@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,20 +89,27 @@ class MergedBlocks(nn.Module):
 
     def __init__(self, blocks: nn.Sequential, sites: dict[int, Site]) -> None:
         super().__init__()
-        for name, block in blocks.named_children():
+        check_hooks(blocks, *self.taken_apart(blocks, sites))
+        for name, block in blocks._modules.items():
             self.add_module(name, block)
-        self.sites = nn.ModuleDict({str(i): site for i, site in sites.items()})
+        self.sites, self.training = nn.ModuleDict({str(i): site for i, site in sites.items()}), blocks.training
+
+    def taken_apart(self, blocks: nn.Sequential, sites: dict[int, Site]) -> list[nn.Module]:
+        """Modules whose own forward does not run any more."""
+        return [blocks[index] for index in sites]
 
     def blocks(self) -> list[nn.Module]:
-        """timm's own blocks, in order."""
-        return [block for name, block in self.named_children() if name != "sites"]
+        """timm's own blocks, in order; one that stands at two places comes twice."""
+        return [block for name, block in self._modules.items() if name != "sites"]  # type: ignore[misc]
 
     def site(self, index: int) -> Site | None:
         return dict(self.sites.items()).get(str(index))  # type: ignore[return-value]
 
     def restored(self) -> nn.Sequential:
         """The nn.Sequential that was replaced."""
-        return nn.Sequential(*self.blocks())
+        blocks = nn.Sequential(*self.blocks())
+        blocks.training = self.training
+        return blocks
 
     def __len__(self) -> int:
         return len(self.blocks())
@@ -132,6 +140,9 @@ class MergedBlocks(nn.Module):
 class RestoringBlocks(MergedBlocks):
     """Blocks that restore their tokens: what passes between them is the map, and the last site's plan for reuse."""
 
+    def taken_apart(self, blocks: nn.Sequential, sites: dict[int, Site]) -> list[nn.Module]:
+        return list(blocks)
+
     def step(self, index: int, block: nn.Module, x: Tensor, merged: Merged | None) -> tuple[Tensor, Merged | None]:
         """One block on x, and the plan that a later block without a site may reuse."""
         raise NotImplementedError
@@ -142,16 +153,33 @@ class RestoringBlocks(MergedBlocks):
             x, merged = self.step(index, block, x, merged)
         return x
 
-    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
-        merged: Merged | None = None
+    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        return handing_on(partial(self.step, index, block) for index, block in enumerate(self.blocks()))
 
-        def call(index: int, block: nn.Module, x: Tensor) -> Tensor:
-            nonlocal merged
-            x, merged = self.step(index, block, x, merged)
-            return x
 
-        for index, block in enumerate(self.blocks()):
-            yield lambda x, index=index, block=block: call(index, block, x)
+def handing_on(steps: Iterable[Callable[[Tensor, Any], tuple[Tensor, Any]]]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """One callable a step (x, what the one before handed on or None) -> (x, what it hands on).
+
+    Run again out of order, as gradient checkpointing does, a callable is handed what it was handed before.
+    """
+    handed: dict[int, Any] = {0: None}
+
+    def call(index: int, step: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor) -> Tensor:
+        x, handed[index + 1] = step(x, handed[index])
+        return x
+
+    for index, step in enumerate(steps):
+        yield partial(call, index, step)
+
+
+def check_hooks(*modules: nn.Module) -> None:
+    """Raise UsageError where a module that a surgery replaces or takes apart has forward hooks, which would be lost."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UsageError(
+                f"a forward hook on {type(module).__name__} would be lost, for merging replaces it or runs its parts one by "
+                "one; first remove it by the handle that registered it, or hook its attention or MLP"
+            )
 
 
 @contextmanager
@@ -166,12 +194,18 @@ def captured(module: nn.Module) -> Iterator[list[Any]]:
 
 
 def replace_modules(model: nn.Module, kind: type[nn.Module], change: Callable[[Any], nn.Module]) -> int:
-    """Replace every child of class `kind`, anywhere in the model, by `change(child)`. Returns how many there were."""
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+    """Replace every child of class `kind`, anywhere in the model, by `change(child)`. Returns how many there were.
+
+    A child that stands at several places is changed once, and is replaced at all of them.
+    """
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()
              if isinstance(child, kind)]  # fmt: skip
+    made: dict[nn.Module, nn.Module] = {}
     for parent, name, child in found:
-        setattr(parent, name, change(child))
-    return len(found)
+        if child not in made:
+            made[child] = change(child)
+        setattr(parent, name, made[child])
+    return len(made)
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -28,6 +28,10 @@ class MergedEfficientVitBlocks(RestoringBlocks):
         super().__init__(blocks, sites)
         self.once = once
 
+    def taken_apart(self, blocks: nn.Sequential, sites: dict[int, Site]) -> list[nn.Module]:
+        locals_ = [block.local_module for block in blocks if isinstance(block, EfficientVitBlock)]
+        return super().taken_apart(blocks, sites) + locals_
+
     def step(self, index: int, block: nn.Module, x: Tensor, merged: Merged | None) -> tuple[Tensor, Merged | None]:
         """One block on x [B, C, H, W]; an attention block without a site reuses the plan of the last one."""
         site, b = self.site(index), block

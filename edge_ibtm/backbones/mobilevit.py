@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
-from .common import Family, Settings, SiteMaker, no_attention, replace_modules
+from .common import Family, Settings, SiteMaker, check_hooks, no_attention, replace_modules
 from .once import forget_features, restore_features
 from .vit import attention_half, mlp_half, size_bias, spread
 
@@ -35,11 +35,12 @@ class MergedMobileVitBlock(nn.Module):
 
     def __init__(self, block: MobileVitBlock, sites: list[Site], density: str) -> None:
         super().__init__()
+        check_hooks(block, *(block.transformer if density in ("block", "progressive") else ()))
         for name, child in block.named_children():
             self.add_module(name, child)
         self.patch_size, self.patch_area, self.density = block.patch_size, block.patch_area, density
         self.conv_fusion = block.conv_fusion
-        self.sites = nn.ModuleList(sites)
+        self.sites, self.training = nn.ModuleList(sites), block.training
         self.centre = nn.Identity()  # what goes into the layers behind an entry's site; they ignore its mean
 
     def restored(self) -> MobileVitBlock:
@@ -50,7 +51,8 @@ class MergedMobileVitBlock(nn.Module):
             if name not in ("sites", "centre"):
                 block.add_module(name, child)
         block.patch_size, block.patch_area, block.conv_fusion = self.patch_size, self.patch_area, self.conv_fusion
-        return block.train(self.training)
+        block.training = self.training
+        return block
 
     def forward(self, x: Tensor) -> Tensor:
         """A map [B, C, H, W] through the block: the same shape, or H' x W' with density "once"."""
@@ -202,7 +204,7 @@ def insert(model: nn.Module, settings: Settings) -> None:
         inner: Any = block.conv_kxk.conv.in_channels if once else block.conv_1x1.out_channels  # type: ignore[union-attr]
         restored = settings.density in ("stage", "block")
         sites = [maker(inner, rows_alone=restored, strided=once) for _ in range(count)]
-        return MergedMobileVitBlock(block, sites, settings.density).train(block.training)
+        return MergedMobileVitBlock(block, sites, settings.density)
 
     replace_modules(model, MobileVitBlock, change)
     if settings.density == "once":

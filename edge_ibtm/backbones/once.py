@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..plan import GridPlan
 from ..site import Merged
-from .common import captured, replace_modules
+from .common import captured, handing_on, replace_modules
 
 
 def restore_map(x: Tensor, merged: Merged, patch: tuple[int, int], reduction: int) -> Tensor:
@@ -38,26 +39,39 @@ def restore_map(x: Tensor, merged: Merged, patch: tuple[int, int], reduction: in
     return F.avg_pool2d(x.reshape(batch, channels, full[0] * ph, full[1] * pw), reduction, ceil_mode=True)
 
 
-def restoring(stages: Iterable[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
+@dataclass(frozen=True)
+class Held:
+    """A merged map x, what the site did to patches of `patch` pixels, and how much coarser x is since."""
+
+    x: Tensor
+    merged: Merged
+    patch: tuple[int, int]
+    reduction: int = 1
+
+
+class OneCall(tuple[Callable[[Tensor], Tensor]]):
+    """A function as a stage: timm calls it, or walks its parts when it checkpoints gradients."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self[0](x)
+
+
+def restoring(stages: Iterable[nn.Module]) -> Iterator[OneCall]:
     """One callable a stage: takes what the one before returned, returns the stage's map on the original grid."""
-    merged: Merged | None = None
-    patch, reduction, held = (1, 1), 1, Tensor()
+    return (OneCall((call,)) for call in handing_on(partial(_restored, stage) for stage in stages))
 
-    def call(stage: nn.Module, x: Tensor) -> Tensor:
-        nonlocal merged, patch, reduction, held
-        owner: Any = next((m for m in stage.modules() if hasattr(m, "sites")), None)
-        if owner is not None:
-            with captured(next(iter(dict(owner.sites.named_children()).values()))) as seen:
-                held = stage(x)
-            merged, patch = (seen[0] if seen and seen[0].plan is not None else None), owner.patch_size
-        elif merged is not None:
-            held, reduction = stage(held), reduction * stride_of(stage)
-        else:
-            return stage(x)  # type: ignore[no-any-return]
-        return held if merged is None else restore_map(held, merged, patch, reduction)
 
-    for stage in stages:
-        yield partial(call, stage)
+def _restored(stage: nn.Module, x: Tensor, held: Held | None) -> tuple[Tensor, Held | None]:
+    owner: Any = next((m for m in stage.modules() if hasattr(m, "sites")), None)
+    if owner is not None:
+        with captured(next(iter(dict(owner.sites.named_children()).values()))) as seen:
+            x = stage(x)
+        held = Held(x, seen[0], owner.patch_size) if seen and seen[0].plan is not None else None
+    elif held is not None:
+        held = replace(held, x=stage(held.x), reduction=held.reduction * stride_of(stage))
+    else:
+        x = stage(x)
+    return (x if held is None else restore_map(held.x, held.merged, held.patch, held.reduction)), held
 
 
 def stride_of(stage: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
-from .common import Family, MergedBlocks, Settings, SiteMaker, captured, replace_modules
+from .common import Family, MergedBlocks, Settings, SiteMaker, captured, handing_on, replace_modules
 
 MODELS = (
     *(f"vit_{size}_patch16_{pixels}" for size in ("tiny", "small", "base") for pixels in (224, 384)),
@@ -73,11 +74,21 @@ class Carry:
 
 
 class MergedViTBlocks(MergedBlocks):
-    """ViT's blocks with sites. prefix: class, distillation and register tokens; restore: copy back after the last block."""
+    """ViT's blocks with sites. prefix: class, distillation and register tokens; restore: copy back after the last block.
 
-    def __init__(self, blocks: nn.Sequential, sites: dict[int, Site], prefix: int, grid: Any, restore: bool) -> None:
+    embed: the model's PatchEmbed, which knows the grid also after timm's set_input_size.
+    """
+
+    def __init__(self, blocks: nn.Sequential, sites: dict[int, Site], prefix: int, embed: Any, restore: bool) -> None:
         super().__init__(blocks, sites)
-        self.prefix, self.grid, self.restore = prefix, grid, restore
+        self.prefix, self.restore = prefix, restore
+        self.embed = (embed,)  # in a tuple it is no child
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.embed[0].grid_size
+        return height, width
 
     def forward(self, x: Tensor) -> Tensor:
         carry = Carry(x)
@@ -85,17 +96,14 @@ class MergedViTBlocks(MergedBlocks):
             carry = self.step(index, block, carry)
         return carry.unmerged() if self.restore else carry.x
 
-    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Callables that give unmerged tokens, so that timm's forward_intermediates sees the original grid."""
-        carry: Carry | None = None
 
-        def call(index: int, block: nn.Module, x: Tensor) -> Tensor:
-            nonlocal carry
+        def step(index: int, block: nn.Module, x: Tensor, carry: Carry | None) -> tuple[Tensor, Carry]:
             carry = self.step(index, block, Carry(x) if carry is None else carry)
-            return carry.unmerged()
+            return carry.unmerged(), carry
 
-        for index, block in enumerate(self.blocks()):
-            yield lambda x, index=index, block=block: call(index, block, x)
+        return handing_on(partial(step, index, block) for index, block in enumerate(self.blocks()))
 
     def step(self, index: int, block: nn.Module, carry: Carry) -> Carry:
         """One block, with its site if it has one."""
@@ -175,6 +183,8 @@ def insert(model: nn.Module, settings: Settings) -> None:
     for vit in [m for m in model.modules() if isinstance(m, VisionTransformer)]:
         blocks: Any = vit.blocks
         _check_blocks(blocks)
+        if settings.layout == "grid":
+            _check_images(vit)
         chosen = site_blocks(len(blocks), settings.density)
         if not isinstance(settings.keep_ratio, (list, tuple)):
             settings = replace(settings, keep_ratio=spread(float(settings.keep_ratio), len(chosen)))  # type: ignore[arg-type]
@@ -182,8 +192,8 @@ def insert(model: nn.Module, settings: Settings) -> None:
         sites = {i: maker(vit.embed_dim) for i in chosen}
         for i, site in sites.items():
             site.depth = i / len(blocks)
-        grid = tuple(vit.patch_embed.grid_size)
-        vit.blocks = MergedViTBlocks(blocks, sites, vit.num_prefix_tokens, grid, restore=vit.global_pool != "token")  # type: ignore[assignment]
+        restore = vit.global_pool != "token"
+        vit.blocks = MergedViTBlocks(blocks, sites, vit.num_prefix_tokens, vit.patch_embed, restore)  # type: ignore[assignment]
 
 
 def _check_blocks(blocks: nn.Sequential) -> None:
@@ -193,6 +203,14 @@ def _check_blocks(blocks: nn.Sequential) -> None:
                 f"blocks of class {type(block).__name__} with {type(getattr(block, 'attn', None)).__name__} have no "
                 "supported place between attention and MLP; supported: timm's ViT Block and ResPostBlock with Attention"
             )
+
+
+def _check_images(vit: Any) -> None:
+    if vit.dynamic_img_size or not getattr(vit.patch_embed, "strict_img_size", True):
+        raise UsageError(
+            "layout 'grid' has to know the grid, and this model takes images of any size (dynamic_img_size=True or "
+            "strict_img_size=False); use layout='sequence', or build the model without and call set_input_size"
+        )
 
 
 def remove(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ class NormProducts:
         products = [F.linear(x, rows)]
         if vector is not None:  # picked by products, in XNNPACK half the time of slices
             products = [products[0] @ constant("column", 2, i, like=x) for i in (0, 1)]
-        mean = products[0].reshape(batch, count)
+        mean = as_type(products[0].reshape(batch, count), squares.dtype)
         self.scale = as_type(torch.rsqrt(torch.clamp(squares * (1.0 / width) - mean * mean, min=0.0) + eps), x.dtype)
         self.of_vector = None if vector is None else products[1].reshape(batch, count) * self.scale
 
