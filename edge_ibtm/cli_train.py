@@ -86,8 +86,8 @@ def ib(
     data: Annotated[str | None, typer.Option(help="as in a recipe's data.source; none: the demo set")] = None,
     merger: Annotated[str, typer.Option(help="a name of `edge-ibtm list`; identity measures the base")] = "identity",
     keep_ratio: Annotated[float, typer.Option(help="tokens kept / tokens entering")] = 0.7,
-    img_size: Annotated[int | None, typer.Option(help="side in pixels")] = None,
-    images: Annotated[int, typer.Option(help="at most so many held-out images")] = 2000,
+    img_size: Annotated[int | None, typer.Option(min=1, help="side in pixels")] = None,
+    images: Annotated[int, typer.Option(min=1, help="at most so many held-out images")] = 2000,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
 ) -> None:
     """Information bottleneck loss (nats) of a model on held-out images, after every site and of the last features.

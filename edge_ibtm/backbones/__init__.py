@@ -49,6 +49,9 @@ def build_model(
     "pretrained" (timm's hub), or a file (safetensors, or .pth read with weights_only). img_size: pixels, for models with
     position embeddings or windows of fixed size (ViT, Swin). Raises UsageError for what cannot be built as asked.
     """
+    for what, value in (("num_classes", num_classes), ("img_size", img_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"{what} is {value}; give at least 1")
     import timm
 
     if not timm.is_model(name):
