@@ -26,7 +26,7 @@ def probe(
     device: Annotated[str, typer.Option(help="host, android[:SERIAL], mac, ios[:NAME]")] = "host",
     model: Annotated[str | None, typer.Option(help="--target torch|cuda: model name")] = None,
     keep_ratio: Annotated[float | None, typer.Option(help="--model: merge down to this share")] = None,
-    merger: Annotated[str, typer.Option(help="--keep-ratio: which merger")] = "ibtm",
+    merger: Annotated[str | None, typer.Option(help="--keep-ratio: which merger; default ibtm")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="--model: torch.compile it")] = False,
     inputs: Annotated[Path | None, typer.Option(help=".pt or raw float32 input; default noise")] = None,
     shape: Annotated[str | None, typer.Option(help="input shape, e.g. 1,3,224,224")] = None,

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from edge_ibtm.cli_targets import merger_for
 from edge_ibtm.errors import UsageError, suggest
 from edge_ibtm.probe.loop import ProbeOptions
 from edge_ibtm.probe.schema import Average, Emulated, Latency, ProbeRun
@@ -24,7 +25,7 @@ class Settings:
     device: str = "host"
     model: str | None = None
     keep_ratio: float | None = None
-    merger: str = "ibtm"
+    merger: str | None = None
     compiled: bool = False
     inputs: Path | None = None
     shape: str | None = None
@@ -97,9 +98,10 @@ def _probe_model(settings: Settings, options: ProbeOptions) -> ProbeRun:
     import edge_ibtm
     from edge_ibtm.probe.torch_ import probe_models
 
+    merger = merger_for(settings.merger, settings.keep_ratio)
     model = edge_ibtm.build_model(settings.model)
     if settings.keep_ratio is not None:
-        model = edge_ibtm.insert_mergers(model, merger=settings.merger, keep_ratio=settings.keep_ratio)
+        model = edge_ibtm.insert_mergers(model, merger=merger, keep_ratio=settings.keep_ratio)
     example = _example(settings)
     if example is None:
         size = (model.pretrained_cfg or {}).get("input_size", (3, 224, 224))

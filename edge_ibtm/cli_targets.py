@@ -20,7 +20,7 @@ Model = Annotated[str, typer.Option("--model", help="model name (edge-ibtm list)
 Weights = Annotated[str | None, typer.Option(help="file (safetensors, .pth), 'pretrained', or none: random")]
 Classes = Annotated[int, typer.Option("--classes", help="number of classes")]
 Size = Annotated[int | None, typer.Option("--img-size", help="pixels; default: the model's own")]
-Merger = Annotated[str, typer.Option(help="merger for --keep-ratio")]
+Merger = Annotated[str | None, typer.Option(help="merger for --keep-ratio; default ibtm")]
 Keep = Annotated[float | None, typer.Option(help="insert mergers that keep this share of the tokens")]
 MinSqnr = Annotated[
     float | None, typer.Option(help="gate over all images, dB; default 80; in a run, and for Core ML, a recipe's gates")
@@ -36,20 +36,33 @@ def register(app: typer.Typer) -> None:
 
 
 def _build(
-    model: str, weights: str | None, classes: int, img_size: int | None, merge: tuple[str, float | None]
+    model: str, weights: str | None, classes: int, img_size: int | None, merge: tuple[str | None, float | None]
 ) -> nn.Module:
     from edge_ibtm import build_model, insert_mergers
 
-    if merge[1] is None:
+    merger, keep_ratio = merger_for(*merge), merge[1]
+    if keep_ratio is None:
         return build_model(model, num_classes=classes, weights=weights, img_size=img_size)
     saved = weights if weights not in (None, "pretrained") else None
     built = build_model(model, num_classes=classes, weights=None if saved else weights, img_size=img_size)
     if not saved:
-        return insert_mergers(built, merger=merge[0], keep_ratio=merge[1])
-    return _load_merged(built, Path(saved), merge, model)
+        return insert_mergers(built, merger=merger, keep_ratio=keep_ratio)
+    return _load_merged(built, Path(saved), (merger, keep_ratio), model)
 
 
-def _load_merged(model: nn.Module, file: Path, merge: tuple[str, float | None], name: str) -> nn.Module:
+def merger_for(merger: str | None, keep_ratio: float | None) -> str:
+    """The merger of a command line; UsageError if it is unknown, or given without --keep-ratio, when nothing is merged."""
+    from edge_ibtm.mergers import classes_of
+
+    if merger is None:
+        return "ibtm"
+    classes_of(merger)
+    if keep_ratio is None:
+        raise UsageError(f"--merger {merger} merges nothing without --keep-ratio; give it too, e.g. --keep-ratio 0.7")
+    return merger
+
+
+def _load_merged(model: nn.Module, file: Path, merge: tuple[str, float], name: str) -> nn.Module:
     """Weights of the base go in before the mergers, weights of a merged model after them: the keys tell which."""
     from edge_ibtm import insert_mergers
     from edge_ibtm.checkpoint import load_into, read_state
@@ -58,7 +71,7 @@ def _load_merged(model: nn.Module, file: Path, merge: tuple[str, float | None], 
     merged_state = any(".sites." in key or ".merger." in key for key in state)
     if not merged_state:
         load_into(model, state, name)
-    insert_mergers(model, merger=merge[0], keep_ratio=merge[1] or 1.0)
+    insert_mergers(model, merger=merge[0], keep_ratio=merge[1])
     if merged_state:
         load_into(model, state, name)
     return model.eval()
@@ -70,7 +83,7 @@ def check_command(
     classes: Classes = 1000,
     img_size: Size = None,
     keep_ratio: Keep = None,
-    merger: Merger = "ibtm",
+    merger: Merger = None,
     allow_fallback: Annotated[bool, typer.Option(help="accept operators outside the delegate")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
@@ -91,7 +104,7 @@ def lower_command(
     classes: Classes = 1000,
     img_size: Size = None,
     keep_ratio: Keep = None,
-    merger: Merger = "ibtm",
+    merger: Merger = None,
 ) -> None:
     """Write the artifact of a model for TARGET; the last line is JSON."""
     from edge_ibtm.check import example_for
@@ -114,7 +127,7 @@ def verify_command(
     classes: Classes = 1000,
     img_size: Size = None,
     keep_ratio: Keep = None,
-    merger: Merger = "ibtm",
+    merger: Merger = None,
     inputs: Annotated[Path | None, typer.Option(help=".pt file with normalised images [B, 3, H, W]")] = None,
     min_sqnr: MinSqnr = None,
     images: Annotated[int | None, typer.Option(help="held-out images, in a run directory; default the recipe's")] = None,

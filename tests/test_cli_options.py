@@ -27,3 +27,11 @@ def test_no_classes_and_no_pixels(command: str, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("option", ["--img-size", "--images"])
 def test_ib_of_no_pixels_or_no_images(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert option in refusal("ib", option, "0", capsys=capsys)
+
+
+@pytest.mark.parametrize("command", ["check", "lower -o x.pt2", "verify x.pt2", "probe --target torch"])
+def test_a_merger_alone_or_unknown(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = [*command.split(), "--model", "mobilevit_xxs"]
+    assert "--merger tome+drop merges nothing" in refusal(*model, "--merger", "tome+drop", capsys=capsys)
+    for more in ([], ["--keep-ratio", "0.7"]):
+        assert "did you mean 'ibtm'" in refusal(*model, "--merger", "ibmt", *more, capsys=capsys)
