@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.errors import EdgeIBTMError, UsageError, refuse
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,8 +39,11 @@ def register(app: typer.Typer) -> None:
 def _build(
     model: str, weights: str | None, classes: int, img_size: int | None, merge: tuple[str | None, float | None]
 ) -> nn.Module:
+    import torch
+
     from edge_ibtm import build_model, insert_mergers
 
+    torch.manual_seed(0)  # what the weights leave out is the same in `lower` and in `verify`
     merger, keep_ratio = merger_for(*merge), merge[1]
     if keep_ratio is None:
         return build_model(model, num_classes=classes, weights=weights, img_size=img_size)
@@ -48,6 +52,11 @@ def _build(
     if not saved:
         return insert_mergers(built, merger=merger, keep_ratio=keep_ratio)
     return _load_merged(built, Path(saved), (merger, keep_ratio), model)
+
+
+def _tell_random(weights: str | None) -> None:
+    if weights is None:
+        typer.echo("note: the weights are random (seed 0); give --weights", err=True)
 
 
 def merger_for(merger: str | None, keep_ratio: float | None) -> str:
@@ -110,6 +119,7 @@ def lower_command(
     from edge_ibtm.check import example_for
     from edge_ibtm.targets import lower
 
+    _tell_random(weights)
     built = _build(model, weights, classes, img_size, (merger, keep_ratio))
     artifact = lower(built, example_for(built, img_size), output, target=target)
     total = artifact.delegated + artifact.non_delegated
@@ -124,7 +134,7 @@ def verify_command(
     artifact: Annotated[Path, typer.Argument(help=".pte, .pt2 or .mlpackage")],
     model: Annotated[str | None, typer.Option("--model", help="model it came from")] = None,
     weights: Weights = None,
-    classes: Classes = 1000,
+    classes: Annotated[int | None, typer.Option(help="number of classes; default 1000")] = None,
     img_size: Size = None,
     keep_ratio: Keep = None,
     merger: Merger = None,
@@ -138,27 +148,42 @@ def verify_command(
     In a run directory of `compress` the model and held-out images are found; elsewhere --model names the model, and
     the images are noise unless --inputs is given.
     """
-    given = _images(inputs)
-    eager = None if model is None else _build(model, weights, classes, img_size, (merger, keep_ratio))
+    described = {
+        "--weights": weights, "--classes": classes, "--img-size": img_size, "--keep-ratio": keep_ratio, "--merger": merger
+    }  # fmt: skip
+    if model is None:
+        refuse(described, "these describe the model that --model names; give --model too, or leave them out")
+    if model or inputs or arch:
+        refuse({"--images": images}, "counts held-out images of a run directory; leave it out, or --model, --inputs and --arch")
+    given, eager = _images(inputs), None
+    if model is not None:
+        _tell_random(weights)
+        eager = _build(model, weights, 1000 if classes is None else classes, img_size, (merger, keep_ratio))
     if arch is not None:
+        refuse({"--min-sqnr": min_sqnr}, "is a gate of runs on this host; --arch has its own")
         _verify_arch(arch, artifact, given, eager, img_size)
         return
     from edge_ibtm.verify import Limits
 
-    if eager is None:
-        from edge_ibtm.provenance import origin_of
-
-        origin = origin_of(artifact, images)
-        eager, shown, limits, kind = origin.reference, origin.images, origin.limits, "held-out images"
-    else:
-        from edge_ibtm.check import example_for
-
-        shown, limits, kind = example_for(eager, img_size), _usual_limits(artifact), "images of noise"
+    eager, shown, limits, kind = _origin(artifact, images) if eager is None else _noise(artifact, eager, img_size)
     if given is not None:
         shown, kind = given, "images"
-    if min_sqnr is not None:
-        limits = Limits(sqnr_db=min_sqnr)
-    _compare(eager, artifact, shown, limits, kind)
+    _compare(eager, artifact, shown, limits if min_sqnr is None else Limits(sqnr_db=min_sqnr), kind)
+
+
+def _origin(artifact: Path, images: int | None) -> tuple[nn.Module, Any, Limits, str]:
+    """Model, images, limits and what the images are, from the run directory the artifact is in."""
+    from edge_ibtm.provenance import origin_of
+
+    origin = origin_of(artifact, images)
+    return origin.reference, origin.images, origin.limits, "held-out images"
+
+
+def _noise(artifact: Path, model: nn.Module, img_size: int | None) -> tuple[nn.Module, Any, Limits, str]:
+    """The same for a model that was named."""
+    from edge_ibtm.check import example_for
+
+    return model, example_for(model, img_size), _usual_limits(artifact), "images of noise"
 
 
 def _compare(eager: nn.Module, artifact: Path, shown: Any, limits: Limits, kind: str) -> None:
@@ -170,7 +195,8 @@ def _compare(eager: nn.Module, artifact: Path, shown: Any, limits: Limits, kind:
         f"{verdict.sqnr_lowest_db:.1f}), least cosine {verdict.cosine:.6f}, max error {verdict.max_abs:.3g}, "
         f"same top-1 {verdict.top1_agreement:.0%} of {verdict.samples} {kind}"
     )
-    typer.echo(json.dumps(asdict(verdict)))
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(verdict).items()}
+    typer.echo(json.dumps(finite))
     verdict.require(str(artifact))
 
 
@@ -201,6 +227,8 @@ def _images(path: Path | None) -> Any:
         raise UsageError(f"{path} is not a tensor file that torch.load reads with weights_only: {error}") from error
     if not isinstance(images, torch.Tensor) or images.ndim != 4:
         raise UsageError(f"{path} must hold one tensor of images [B, 3, H, W]")
+    if images.numel() == 0:
+        raise UsageError(f"{path} holds no image: its tensor is {list(images.shape)}; give at least one [1, 3, H, W]")
     return images
 
 

@@ -3,9 +3,17 @@ them."""
 
 from __future__ import annotations
 
-import pytest
+import json
+from importlib import import_module
+from pathlib import Path
 
-from edge_ibtm import cli
+import pytest
+import torch
+
+from edge_ibtm import cli, cli_targets
+from edge_ibtm.errors import GateError, UsageError
+from edge_ibtm.targets import Artifact
+from edge_ibtm.verify import Limits, Verdict, verify
 
 
 def refusal(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -35,3 +43,59 @@ def test_a_merger_alone_or_unknown(command: str, capsys: pytest.CaptureFixture[s
     assert "--merger tome+drop merges nothing" in refusal(*model, "--merger", "tome+drop", capsys=capsys)
     for more in ([], ["--keep-ratio", "0.7"]):
         assert "did you mean 'ibtm'" in refusal(*model, "--merger", "ibmt", *more, capsys=capsys)
+
+
+@pytest.mark.parametrize("option", ["--weights w.pth", "--classes 3", "--img-size 64", "--keep-ratio 0.7", "--merger tome"])
+def test_verify_takes_no_half_described_model(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    err = refusal("verify", "runs/merged.pte", *option.split(), capsys=capsys)
+    assert f"{option.split()[0]}: these describe the model that --model names" in err
+
+
+def test_verify_counts_images_in_run_directories_only(capsys: pytest.CaptureFixture[str]) -> None:
+    for place in ("--model mobilevit_xxs", "--inputs x.pt", "--arch aarch64"):
+        assert "--images: counts held-out" in refusal("verify", "m.pte", "--images", "3", *place.split(), capsys=capsys)
+    for count in ("0", "-1"):
+        assert f"images is {count}; give at least 1" in refusal("verify", "m.pte", "--images", count, capsys=capsys)
+    assert "--min-sqnr" in refusal("verify", "m.pte", "--arch", "aarch64", "--min-sqnr", "3", capsys=capsys)
+
+
+def test_verify_without_any_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.zeros(0, 3, 64, 64), tmp_path / "none.pt")
+    err = refusal("verify", "m.pte", "--model", "mobilevit_xxs", "--inputs", str(tmp_path / "none.pt"), capsys=capsys)
+    assert "none.pt holds no image: its tensor is [0, 3, 64, 64]" in err
+    with pytest.raises(UsageError, match="at least one image"):
+        verify(torch.nn.Identity(), tmp_path / "m.pte", torch.zeros(0, 3, 64, 64))
+
+
+def test_random_weights_are_told_and_the_same_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `lower` wrote without weights, `verify` with the same options builds again."""
+    seen: list[torch.nn.Module] = []
+
+    def keep(model: torch.nn.Module, *_: object, **__: object) -> Artifact:
+        seen.append(model)
+        return Artifact(tmp_path, "torch", 1, 0, 0, 1, "")
+
+    monkeypatch.setattr("edge_ibtm.targets.lower", keep)
+    monkeypatch.setattr(cli_targets, "_compare", keep)
+    common = ["--model", "mobilevit_xxs", "--classes", "3", "--img-size", "64", "--keep-ratio", "0.7"]
+    for command in (["lower", "-o", "x.pte"], ["verify", "x.pte"]):
+        torch.seed()
+        with pytest.raises(SystemExit) as left:
+            cli.main([*command, *common])
+        assert left.value.code == 0 and "weights are random (seed 0)" in capsys.readouterr().err
+    first, second = (model.state_dict() for model in seen)
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+
+
+def test_figures_that_are_no_numbers_are_null_in_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nan = float("nan")
+    verdict = Verdict(nan, nan, nan, nan, float("inf"), 1.0, 1, ok=False, failures=("sqnr_db nan is below 80",))
+    monkeypatch.setattr(import_module("edge_ibtm.verify"), "verify", lambda *_, **__: verdict)
+    with pytest.raises(GateError):
+        cli_targets._compare(torch.nn.Identity(), Path("m.pte"), torch.zeros(1, 3, 4, 4), Limits(), "images")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+    assert found["sqnr_db"] is None and found["max_abs"] is None and found["top1_agreement"] == 1 and found["ok"] is False
