@@ -113,6 +113,10 @@ def test_options_become_recipe_values() -> None:
     assert chosen.model.img_size is not None and "demo" in why
     own, why = choose_recipe({"model": "mobilevit_s", "data": "folder"}, None, [])
     assert own.model.img_size is None and "general settings" in why
+    budget, _ = choose_recipe({"macs": "0.8"}, "mobilevit_s", [])
+    assert budget.merge.macs == 0.8, "it takes the place of the recipe's keep_ratio"
+    with pytest.raises(UsageError, match=r"merge\.macs is 0\.8 and merge\.keep_ratio is 0\.5"):
+        choose_recipe({"keep_ratio": "0.5"}, None, ["merge.macs=0.8"])
     other, _ = choose_recipe({"model": "vit_tiny_patch16_224"}, None, [])
     assert other.model.name == "vit_tiny_patch16_224"
 
