@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_ibtm.errors import lookup
+from edge_ibtm.errors import UsageError, lookup
 from edge_ibtm.targets.common import Artifact, check_example
 
 __all__ = ["TARGETS", "Artifact", "Target", "lower"]
@@ -72,8 +72,11 @@ def lower(model: Any, example: Any, path: str | Path, *, target: str = "xnnpack"
 
     model: an eager module (rewritten first, `rewrite.prepare_for_export`; itself untouched) or a converted PT2E
     graph module. example: images [B, 3, H, W], or a tuple holding them; the artifact accepts this shape only.
-    Raises UsageError for an unknown target or an example of the wrong kind, EdgeIBTMError when lowering fails.
+    Raises UsageError for an unknown target, a path without the target's suffix or an example of the wrong kind,
+    EdgeIBTMError when lowering fails.
     The file appears at `path` only when complete.
     """
-    chosen = lookup("target", target, TARGETS)
-    return chosen.lower(model, check_example(example), Path(path), **options)
+    chosen, path = lookup("target", target, TARGETS), Path(path)
+    if path.suffix != chosen.suffix:
+        raise UsageError(f"target {target} writes {chosen.suffix} files, not {path.name!r}; give a path with that suffix")
+    return chosen.lower(model, check_example(example), path, **options)
