@@ -51,7 +51,7 @@ def _build(
     built = build_model(model, num_classes=classes, weights=None if saved else weights, img_size=img_size)
     if not saved:
         return insert_mergers(built, merger=merger, keep_ratio=keep_ratio)
-    return _load_merged(built, Path(saved), (merger, keep_ratio), model)
+    return _load_merged(built, saved, (merger, keep_ratio))
 
 
 def _tell_random(weights: str | None) -> None:
@@ -71,18 +71,17 @@ def merger_for(merger: str | None, keep_ratio: float | None) -> str:
     return merger
 
 
-def _load_merged(model: nn.Module, file: Path, merge: tuple[str, float], name: str) -> nn.Module:
+def _load_merged(model: nn.Module, file: str, merge: tuple[str, float]) -> nn.Module:
     """Weights of the base go in before the mergers, weights of a merged model after them: the keys tell which."""
     from edge_ibtm import insert_mergers
-    from edge_ibtm.checkpoint import load_into, read_state
+    from edge_ibtm.checkpoint import is_merged, load_into, read_state
 
     state = read_state(file)
-    merged_state = any(".sites." in key or ".merger." in key for key in state)
-    if not merged_state:
-        load_into(model, state, name)
+    if not is_merged(state):
+        load_into(model, state, file)
     insert_mergers(model, merger=merge[0], keep_ratio=merge[1])
-    if merged_state:
-        load_into(model, state, name)
+    if is_merged(state):
+        load_into(model, state, file)
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.cache import Entry
-from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, load_into, read_state, save_state
+from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, is_merged, load_into, read_state, save_state
 from edge_ibtm.config import Recipe, TrainSection
 from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup, suggest
 from edge_ibtm.watch import Watch
@@ -84,7 +84,8 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
     for target in recipe.lower.targets:
         lookup("target", target, TARGETS)
     if recipe.model.weights not in (None, "pretrained"):
-        read_state(str(recipe.model.weights))
+        if is_merged(read_state(str(recipe.model.weights))):
+            raise UsageError(f"weights {recipe.model.weights!r} are those of a merged model; give those of its base")
     kind = recipe.probe.device.partition(":")[0]
     if kind not in ("host", "android"):
         raise UsageError(f"probe.device {recipe.probe.device!r} runs no .pte; {suggest(kind, ['host', 'android'])}")

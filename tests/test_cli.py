@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from edge_ibtm import cli, pipeline
-from edge_ibtm.checkpoint import ModelSpec, build, load_into, read_state, save_state
+from edge_ibtm import build_model, cli, pipeline, stages
+from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, load_into, read_state, save_state
 from edge_ibtm.cli_compress import choose_recipe
+from edge_ibtm.cli_targets import _build
+from edge_ibtm.config import parse_recipe
 from edge_ibtm.errors import EdgeIBTMError, GateError, UsageError
 
 
@@ -175,6 +177,20 @@ def test_checkpoint_of_another_class_count_offers_a_new_head() -> None:
     load_into(model, other.state_dict(), "f", new_head=True)
     assert torch.equal(model.stem.conv.weight, other.stem.conv.weight)
     assert model.head.fc.out_features == 10
+
+
+def test_weights_of_a_merged_model_are_told_from_another_architecture(tmp_path: Path) -> None:
+    file = tmp_path / "merged.safetensors"
+    save_state(build(ModelSpec("mobilevit_xxs", 10, 64, MergeSpec("ibtm", 0.7))), file)
+    for refused in (
+        lambda: build_model("mobilevit_xxs", num_classes=10, weights=file),
+        lambda: _build("mobilevit_xxs", str(file), 10, 64, (None, None)),
+        lambda: _build("mobilevit_xxs", str(file), 10, 64, ("tome", 0.7)),
+        lambda: stages.preflight(parse_recipe({"model": {"name": "mobilevit_xxs", "img_size": 64, "weights": str(file)}})),
+    ):
+        with pytest.raises(UsageError, match=r"merged\.safetensors' are those of a merged model"):
+            refused()
+    _build("mobilevit_xxs", str(file), 10, 64, (None, 0.7))
 
 
 def test_weights_survive_a_round_trip_with_wrappers_and_prefixes(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def build_model(
     if weights is not None and weights != "pretrained":
         from ..checkpoint import load_into, read_state
 
-        load_into(model, read_state(weights), name)
+        load_into(model, read_state(weights), str(weights))
     return model.eval()
 
 
