@@ -99,3 +99,21 @@ def test_figures_that_are_no_numbers_are_null_in_json(
         cli_targets._compare(torch.nn.Identity(), Path("m.pte"), torch.zeros(1, 3, 4, 4), Limits(), "images")
     found = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
     assert found["sqnr_db"] is None and found["max_abs"] is None and found["top1_agreement"] == 1 and found["ok"] is False
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [
+        ("x.pte", "--expected y.pt | --keep-ratio 0.7 | --merger tome | --compile | --cores big | --max-temperature 40 | --runner r"),
+        ("x.pte --device android", "--keep-ratio 0.7 | --merger tome | --compile"),
+        ("x.mlpackage --device mac", "--expected y.pt | --threads 2 | --profile | --cores big | --runner r"),
+        ("x.mlpackage --device ios", "--expected y.pt | --threads 2 | --max-temperature 40"),
+        ("--target torch --model mobilevit_xxs", "--expected y.pt | --cores big | --max-temperature 40 | --runner r"),
+        ("--import log.txt", "--model mobilevit_xxs | --threads 2 | --profile"),
+    ],
+)
+def test_probe_refuses_what_means_nothing_there(place: str, options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in options.split(" | "):
+        err = refusal("probe", *place.split(), *option.split(), capsys=capsys)
+        assert f"error: {option.split()[0]}: no meaning for" in err
+        assert ("edge-ibtm verify" in err) == ("--expected" in option)
