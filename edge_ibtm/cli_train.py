@@ -147,9 +147,9 @@ def _print(measures: list[IBMeasure]) -> None:
 
 def _write(path: Path, measures: list[IBMeasure]) -> None:
     import json
-    import os
     from dataclasses import asdict
 
-    part = path.with_name(f".{path.name}")
-    part.write_text(json.dumps([asdict(m) for m in measures], indent=1) + "\n")
-    os.replace(part, path)
+    from edge_ibtm.cache import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps([asdict(m) for m in measures], indent=1) + "\n")
