@@ -97,14 +97,10 @@ def make_data(context: Context, folder: Path) -> dict[str, Any]:
     import json
 
     from edge_ibtm.cache import write_text
+    from edge_ibtm.data import check_classes
 
     data, section = context.data, context.recipe.data
-    wanted = context.recipe.model.num_classes
-    if wanted is not None and wanted != data.num_classes:
-        raise UsageError(
-            f"model.num_classes is {wanted} and the data has {data.num_classes} classes; leave it out, or give "
-            "data.class_map for labels of a larger set"
-        )
+    check_classes(context.recipe.model.num_classes, data)
     parts = {"train": data.train, "calibration": data.calibration, "test": data.test}
     write_text(folder / "splits.json", json.dumps({k: v.names() for k, v in parts.items()}, indent=0))
     return {
