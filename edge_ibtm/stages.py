@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,34 @@ class Context:
         return lambda done, total, note="": self.watch.progress(stage, done, total, note)
 
 
+def check_names(recipe: Recipe) -> None:
+    """UsageError that lists every unknown name of a recipe with its path: model, merger, targets, device. Builds nothing."""
+    from edge_ibtm.backbones import check_name
+    from edge_ibtm.mergers import classes_of
+    from edge_ibtm.targets import TARGETS
+
+    checks: list[tuple[str, Callable[[], object]]] = [
+        ("model.name", partial(check_name, recipe.model.name)),
+        ("merge.merger", partial(classes_of, recipe.merge.merger)),
+        *(("lower.targets", partial(lookup, "target", name, TARGETS)) for name in recipe.lower.targets),
+        ("probe.device", partial(_check_device, recipe.probe.device)),
+    ]
+    faults = []
+    for path, check in checks:
+        try:
+            check()
+        except UsageError as err:
+            faults.append(f"{path}: {err}")
+    if faults:
+        raise UsageError("\n  ".join(faults))
+
+
+def _check_device(device: str) -> None:
+    kind = device.partition(":")[0]
+    if kind not in ("host", "android"):
+        raise UsageError(f"{device!r} runs no .pte; {suggest(kind, ['host', 'android'])}")
+
+
 def preflight(recipe: Recipe) -> dict[str, Any]:
     """Fail before any work: unknown model, merger, target or device; weights that cannot be read; mergers that do not fit
     the model. Returns target -> suffix.
@@ -78,17 +106,13 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
     from edge_ibtm.surgery import insert_mergers
     from edge_ibtm.targets import TARGETS
 
+    check_names(recipe)
     size = recipe.model.img_size
     model = build_model(recipe.model.name, img_size=size)
     insert_mergers(model, **recipe.merge.model_dump(), img_size=view_of(recipe.model.name, size).img_size)
-    for target in recipe.lower.targets:
-        lookup("target", target, TARGETS)
     if recipe.model.weights not in (None, "pretrained"):
         if is_merged(read_state(str(recipe.model.weights))):
             raise UsageError(f"weights {recipe.model.weights!r} are those of a merged model; give those of its base")
-    kind = recipe.probe.device.partition(":")[0]
-    if kind not in ("host", "android"):
-        raise UsageError(f"probe.device {recipe.probe.device!r} runs no .pte; {suggest(kind, ['host', 'android'])}")
     return {"suffixes": {name: target.suffix for name, target in TARGETS.items()}}
 
 

@@ -43,6 +43,12 @@ def test_recipe_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mobilevit_s" in run("recipe", "ls", capsys=capsys)[1]
     assert run("recipe", "cat", "smoke", capsys=capsys)[1].startswith("#")
     assert run("recipe", "validate", "smoke", "merge.keep_ratio=0.5", capsys=capsys)[0] == 0
+    code, _, err = run("recipe", "validate", "smoke", "model.name=mobilvit_s", "merge.merger=tome+dorp",
+                       "lower.targets=xnnpack,corml", "probe.device=andriod", capsys=capsys)  # fmt: skip
+    assert code == 2
+    for path, name in (("model.name", "mobilevit_s"), ("merge.merger", "drop"), ("lower.targets", "coreml"),
+                       ("probe.device", "android")):  # fmt: skip
+        assert any(path in line and f"did you mean '{name}'" in line for line in err.splitlines()), (path, err)
     assert json.loads(run("recipe", "schema", capsys=capsys)[1])["title"] == "Recipe"
 
 

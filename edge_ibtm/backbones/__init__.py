@@ -16,7 +16,7 @@ from .vit import VIT
 
 BACKBONES: dict[str, Family] = {f.name: f for f in (MOBILEVIT, EFFICIENTVIT, VIT, SWIN)}
 
-__all__ = ["BACKBONES", "Family", "Settings", "build_model", "family_of", "model_names"]
+__all__ = ["BACKBONES", "Family", "Settings", "build_model", "check_name", "family_of", "model_names"]
 
 
 def model_names() -> list[str]:
@@ -40,6 +40,14 @@ def _is_merged(model: nn.Module, family: Family) -> bool:
     return any(type(m).__module__ == home for m in model.modules())
 
 
+def check_name(name: str) -> None:
+    """UsageError unless timm knows a model of this name."""
+    import timm
+
+    if not timm.is_model(name):
+        raise UsageError(f"unknown model {name!r}; {suggest(name.split('.')[0], model_names())}")
+
+
 def build_model(
     name: str, *, num_classes: int = 1000, weights: str | Path | None = None, img_size: int | None = None
 ) -> nn.Module:
@@ -52,10 +60,9 @@ def build_model(
     for what, value in (("num_classes", num_classes), ("img_size", img_size)):
         if value is not None and value < 1:
             raise UsageError(f"{what} is {value}; give at least 1")
+    check_name(name)
     import timm
 
-    if not timm.is_model(name):
-        raise UsageError(f"unknown model {name!r}; {suggest(name.split('.')[0], model_names())}")
     options: dict[str, Any] = {"num_classes": num_classes}
     if img_size is not None and name.startswith(("vit", "deit", "swin")):
         options["img_size"] = img_size
