@@ -97,7 +97,7 @@ def _check_device(device: str) -> None:
 
 def preflight(recipe: Recipe) -> dict[str, Any]:
     """Fail before any work: unknown model, merger, target or device; weights that cannot be read; mergers that do not fit
-    the model. Returns target -> suffix.
+    the model. Returns target -> suffix, and the targets whose artifacts are probed: those that this host can run first.
 
     Errors: UsageError.
     """
@@ -113,7 +113,10 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
     if recipe.model.weights not in (None, "pretrained"):
         if is_merged(read_state(str(recipe.model.weights))):
             raise UsageError(f"weights {recipe.model.weights!r} are those of a merged model; give those of its base")
-    return {"suffixes": {name: target.suffix for name, target in TARGETS.items()}}
+    return {
+        "suffixes": {name: target.suffix for name, target in TARGETS.items()},
+        "probed": [name for name, target in TARGETS.items() if target.suffix == ".pte" and target.loads_here],
+    }
 
 
 def make_data(context: Context, folder: Path) -> dict[str, Any]:
