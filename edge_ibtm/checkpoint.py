@@ -148,14 +148,14 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], name: str, *, new_h
 
     new_head: leave the classifier as it is when only its class count differs.
     name: the file, for messages.
-    Errors: UsageError naming the missing, unexpected and differently shaped keys, or the class counts, or saying that the
-    state is a merged model's and the model is not.
+    Errors: UsageError naming the missing, unexpected and differently shaped keys, or the class counts, or saying that
+    the state is a merged model's and the model is not.
     """
     own = model.state_dict()
     if is_merged(state) and not is_merged(own):
         raise UsageError(
-            f"weights {name!r} are those of a merged model: give the keep ratio and merger it was made with (--keep-ratio, "
-            "--merger), or, to compress or train, the weights of its base"
+            f"weights {name!r} are those of a merged model: give the keep ratio and merger it was made with "
+            "(--keep-ratio, --merger), or, to compress or train, the weights of its base"
         )
     shapes = {k: (tuple(v.shape), tuple(own[k].shape)) for k, v in state.items() if k in own and v.shape != own[k].shape}
     head = {k for k in shapes if _is_head(model, k)}

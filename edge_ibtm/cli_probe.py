@@ -86,7 +86,7 @@ def run(settings: Settings) -> ProbeRun:
 def _refuse_idle(settings: Settings, place: str, what: str) -> None:
     """UsageError that names the options given that mean nothing where the probe takes place."""
     given = {name: getattr(settings, name) for name, places in _MEANT_FOR.items() if place not in places}
-    typed = {_OPTIONS.get(k, f"--{k.replace('_', '-')}"): None if v is False or v == [] else v for k, v in given.items()}
+    typed = {_OPTIONS.get(k, f"--{k.replace('_', '-')}"): v for k, v in given.items() if v is not False and v != []}
     hint = "; `edge-ibtm verify FILE --model NAME` compares outputs on this host" if settings.expected else ""
     refuse(typed, f"no meaning for {what}; leave it out{hint}")
 

@@ -38,8 +38,8 @@ def validate(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides")] = None,
 ) -> None:
     """Check a recipe, and that what it names is known; every fault is reported with its path."""
+    from edge_ibtm.names import check_names
     from edge_ibtm.recipe import load_recipe
-    from edge_ibtm.stages import check_names
 
     recipe = load_recipe(name, overrides or [])
     check_names(recipe)

@@ -60,7 +60,7 @@ def _tell_random(weights: str | None) -> None:
 
 
 def merger_for(merger: str | None, keep_ratio: float | None) -> str:
-    """The merger of a command line; UsageError if it is unknown, or given without --keep-ratio, when nothing is merged."""
+    """The merger of a command line; UsageError if unknown, or given without --keep-ratio, when nothing is merged."""
     from edge_ibtm.mergers import classes_of
 
     if merger is None:
@@ -147,13 +147,12 @@ def verify_command(
     In a run directory of `compress` the model and held-out images are found; elsewhere --model names the model, and
     the images are noise unless --inputs is given.
     """
-    described = {
-        "--weights": weights, "--classes": classes, "--img-size": img_size, "--keep-ratio": keep_ratio, "--merger": merger
-    }  # fmt: skip
+    described = {"--weights": weights, "--classes": classes, "--img-size": img_size}
     if model is None:
+        described |= {"--keep-ratio": keep_ratio, "--merger": merger}
         refuse(described, "these describe the model that --model names; give --model too, or leave them out")
     if model or inputs or arch:
-        refuse({"--images": images}, "counts held-out images of a run directory; leave it out, or --model, --inputs and --arch")
+        refuse({"--images": images}, "counts held-out images of a run directory; leave out --model, --inputs, --arch")
     given, eager = _images(inputs), None
     if model is not None:
         _tell_random(weights)

@@ -99,7 +99,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 
 
 def give_way(values: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """A copy of `values` without what setting `keys` replaces: merge.macs for merge.keep_ratio, and the other way round."""
+    """A copy of `values` without what setting `keys` replaces: merge.macs by merge.keep_ratio, and conversely."""
     result = _copy(values)
     merge = result.get("merge")
     for given, other in (("keep_ratio", "macs"), ("macs", "keep_ratio")):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.cache import Entry
 from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, is_merged, load_into, read_state, save_state
 from edge_ibtm.config import Recipe, TrainSection
-from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup, suggest
+from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.watch import Watch
 
 if TYPE_CHECKING:
@@ -67,34 +67,6 @@ class Context:
         return lambda done, total, note="": self.watch.progress(stage, done, total, note)
 
 
-def check_names(recipe: Recipe) -> None:
-    """UsageError that lists every unknown name of a recipe with its path: model, merger, targets, device. Builds nothing."""
-    from edge_ibtm.backbones import check_name
-    from edge_ibtm.mergers import classes_of
-    from edge_ibtm.targets import TARGETS
-
-    checks: list[tuple[str, Callable[[], object]]] = [
-        ("model.name", partial(check_name, recipe.model.name)),
-        ("merge.merger", partial(classes_of, recipe.merge.merger)),
-        *(("lower.targets", partial(lookup, "target", name, TARGETS)) for name in recipe.lower.targets),
-        ("probe.device", partial(_check_device, recipe.probe.device)),
-    ]
-    faults = []
-    for path, check in checks:
-        try:
-            check()
-        except UsageError as err:
-            faults.append(f"{path}: {err}")
-    if faults:
-        raise UsageError("\n  ".join(faults))
-
-
-def _check_device(device: str) -> None:
-    kind = device.partition(":")[0]
-    if kind not in ("host", "android"):
-        raise UsageError(f"{device!r} runs no .pte; {suggest(kind, ['host', 'android'])}")
-
-
 def preflight(recipe: Recipe) -> dict[str, Any]:
     """Fail before any work: unknown model, merger, target or device; weights that cannot be read; mergers that do not fit
     the model. Returns target -> suffix, and the targets whose artifacts are probed: those that this host can run first.
@@ -103,6 +75,7 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
     """
     from edge_ibtm.backbones import build_model
     from edge_ibtm.data import view_of
+    from edge_ibtm.names import check_names
     from edge_ibtm.surgery import insert_mergers
     from edge_ibtm.targets import TARGETS
 
@@ -110,9 +83,9 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
     size = recipe.model.img_size
     model = build_model(recipe.model.name, img_size=size)
     insert_mergers(model, **recipe.merge.model_dump(), img_size=view_of(recipe.model.name, size).img_size)
-    if recipe.model.weights not in (None, "pretrained"):
-        if is_merged(read_state(str(recipe.model.weights))):
-            raise UsageError(f"weights {recipe.model.weights!r} are those of a merged model; give those of its base")
+    weights = recipe.model.weights
+    if weights not in (None, "pretrained") and is_merged(read_state(str(weights))):
+        raise UsageError(f"weights {weights!r} are those of a merged model; give those of its base")
     return {
         "suffixes": {name: target.suffix for name, target in TARGETS.items()},
         "probed": [name for name, target in TARGETS.items() if target.suffix == ".pte" and target.loads_here],

@@ -186,13 +186,13 @@ def test_checkpoint_of_another_class_count_offers_a_new_head() -> None:
 
 
 def test_weights_of_a_merged_model_are_told_from_another_architecture(tmp_path: Path) -> None:
-    file = tmp_path / "merged.safetensors"
+    file, named = tmp_path / "merged.safetensors", {"name": "mobilevit_xxs", "img_size": 64}
     save_state(build(ModelSpec("mobilevit_xxs", 10, 64, MergeSpec("ibtm", 0.7))), file)
     for refused in (
         lambda: build_model("mobilevit_xxs", num_classes=10, weights=file),
         lambda: _build("mobilevit_xxs", str(file), 10, 64, (None, None)),
         lambda: _build("mobilevit_xxs", str(file), 10, 64, ("tome", 0.7)),
-        lambda: stages.preflight(parse_recipe({"model": {"name": "mobilevit_xxs", "img_size": 64, "weights": str(file)}})),
+        lambda: stages.preflight(parse_recipe({"model": {**named, "weights": str(file)}})),
     ):
         with pytest.raises(UsageError, match=r"merged\.safetensors' are those of a merged model"):
             refused()

@@ -1,5 +1,4 @@
-"""Options with values that cannot be, or that do not apply, are refused before any work: exit code 2, one line that names
-them."""
+"""Options with values that cannot be, or that do not apply, are refused before any work: exit code 2, one line."""
 
 from __future__ import annotations
 
@@ -45,7 +44,9 @@ def test_a_merger_alone_or_unknown(command: str, capsys: pytest.CaptureFixture[s
         assert "did you mean 'ibtm'" in refusal(*model, "--merger", "ibmt", *more, capsys=capsys)
 
 
-@pytest.mark.parametrize("option", ["--weights w.pth", "--classes 3", "--img-size 64", "--keep-ratio 0.7", "--merger tome"])
+@pytest.mark.parametrize(
+    "option", ["--weights w.pth", "--classes 3", "--img-size 64", "--keep-ratio 0.7", "--merger tome"]
+)
 def test_verify_takes_no_half_described_model(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     err = refusal("verify", "runs/merged.pte", *option.split(), capsys=capsys)
     assert f"{option.split()[0]}: these describe the model that --model names" in err
@@ -98,13 +99,15 @@ def test_figures_that_are_no_numbers_are_null_in_json(
     with pytest.raises(GateError):
         cli_targets._compare(torch.nn.Identity(), Path("m.pte"), torch.zeros(1, 3, 4, 4), Limits(), "images")
     found = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
-    assert found["sqnr_db"] is None and found["max_abs"] is None and found["top1_agreement"] == 1 and found["ok"] is False
+    assert found["sqnr_db"] is None and found["max_abs"] is None
+    assert found["top1_agreement"] == 1 and found["ok"] is False
 
 
 @pytest.mark.parametrize(
     ("place", "options"),
     [
-        ("x.pte", "--expected y.pt | --keep-ratio 0.7 | --merger tome | --compile | --cores big | --max-temperature 40 | --runner r"),
+        ("x.pte", "--expected y.pt | --keep-ratio 0.7 | --merger tome | --compile"),
+        ("x.pte", "--cores big | --max-temperature 40 | --runner r"),
         ("x.pte --device android", "--keep-ratio 0.7 | --merger tome | --compile"),
         ("x.mlpackage --device mac", "--expected y.pt | --threads 2 | --profile | --cores big | --runner r"),
         ("x.mlpackage --device ios", "--expected y.pt | --threads 2 | --max-temperature 40"),

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import edge_ibtm
 from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.finetune import FinetuneConfig, Progress, finetune
-from edge_ibtm.finetune_checkpoint import MetricsLog, load_checkpoint, save_checkpoint
+from edge_ibtm.finetune_checkpoint import MetricsLog, load_checkpoint
 from edge_ibtm.finetune_data import Augmentation, Plan, epoch_batches
 from edge_ibtm.finetune_eval import evaluate, predictions
 from edge_ibtm.finetune_loss import distillation, soft_targets
@@ -242,19 +242,6 @@ def test_a_checkpoint_of_other_settings_or_a_broken_one_is_refused(tmp_path: Pat
     with pytest.raises(UsageError, match="no checkpoint of edge_ibtm"):
         finetune(tiny_vit(), coloured(), None, config)
     assert load_checkpoint(tmp_path / "nowhere", "x") is None
-
-
-def test_an_interrupt_while_a_checkpoint_is_written_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    save_checkpoint(tmp_path, {"fingerprint": "x"})
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, {"fingerprint": "y"})
-    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint.pt"] and load_checkpoint(tmp_path, "x")
 
 
 def test_metrics_lines_are_not_repeated_by_a_resume(tmp_path: Path) -> None:

@@ -150,7 +150,9 @@ def test_latency_of_another_phone_is_not_this_ones(fake: FakeStages, tmp_path: P
     assert fake.calls.count("probe") == 2
 
 
-def test_a_missing_phone_is_told_before_any_work(fake: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_phone_is_told_before_any_work(
+    fake: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def gone(wanted: str | None) -> adb.Adb:
         raise DeviceError("no phone: connect one")
 

@@ -130,7 +130,8 @@ def test_bad_files_and_inputs(lowered, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "suffix"), [("x.pte", "torch", ".pt2"), ("x", "xnnpack", ".pte"), ("x.pte", "coreml", ".mlpackage")]
+    ("name", "target", "suffix"),
+    [("x.pte", "torch", ".pt2"), ("x", "xnnpack", ".pte"), ("x.pte", "coreml", ".mlpackage")],
 )
 def test_an_artifact_has_the_suffix_of_its_target(name, target, suffix, tmp_path):
     with pytest.raises(UsageError, match=f"target {target} writes {suffix} files, not '{name}'"):
