@@ -147,7 +147,7 @@ def verify_command(
     In a run directory of `compress` the model and held-out images are found; elsewhere --model names the model, and
     the images are noise unless --inputs is given.
     """
-    described = {"--weights": weights, "--classes": classes, "--img-size": img_size}
+    described: dict[str, object] = {"--weights": weights, "--classes": classes, "--img-size": img_size}
     if model is None:
         described |= {"--keep-ratio": keep_ratio, "--merger": merger}
         refuse(described, "these describe the model that --model names; give --model too, or leave them out")
