@@ -118,8 +118,8 @@ def lower_command(
     from edge_ibtm.check import example_for
     from edge_ibtm.targets import lower
 
-    _tell_random(weights)
     built = _build(model, weights, classes, img_size, (merger, keep_ratio))
+    _tell_random(weights)
     artifact = lower(built, example_for(built, img_size), output, target=target)
     total = artifact.delegated + artifact.non_delegated
     typer.echo(
@@ -155,8 +155,8 @@ def verify_command(
         refuse({"--images": images}, "counts held-out images of a run directory; leave out --model, --inputs, --arch")
     given, eager = _images(inputs), None
     if model is not None:
-        _tell_random(weights)
         eager = _build(model, weights, 1000 if classes is None else classes, img_size, (merger, keep_ratio))
+        _tell_random(weights)
     if arch is not None:
         refuse({"--min-sqnr": min_sqnr}, "is a gate of runs on this host; --arch has its own")
         _verify_arch(arch, artifact, given, eager, img_size)

@@ -78,5 +78,5 @@ def lower(model: Any, example: Any, path: str | Path, *, target: str = "xnnpack"
     """
     chosen, path = lookup("target", target, TARGETS), Path(path)
     if path.suffix != chosen.suffix:
-        raise UsageError(f"target {target} writes {chosen.suffix} files, not {path.name!r}; give a path so named")
+        raise UsageError(f"target {target} writes {chosen.suffix} files, not {path.name!r}; name it *{chosen.suffix}")
     return chosen.lower(model, check_example(example), path, **options)
