@@ -7,7 +7,7 @@ read with weights_only.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,13 +135,25 @@ def _plain(state: Any, name: str) -> dict[str, Tensor]:
     return tensors
 
 
+def is_merged(state: Iterable[str]) -> bool:
+    """Whether the keys of a state are those of a model whose mergers have parameters (IBTM, LTMP)."""
+    return any(".sites." in key or ".merger." in key for key in state)
+
+
 def load_into(model: nn.Module, state: Mapping[str, Tensor], name: str, *, new_head: bool = False) -> None:
     """Load a state dict strictly, or say what differs.
 
     new_head: leave the classifier as it is when only its class count differs.
-    Errors: UsageError naming the missing, unexpected and differently shaped keys, or the class counts.
+    name: the file, for messages.
+    Errors: UsageError naming the missing, unexpected and differently shaped keys, or the class counts, or saying that
+    the state is a merged model's and the model is not.
     """
     own = model.state_dict()
+    if is_merged(state) and not is_merged(own):
+        raise UsageError(
+            f"weights {name!r} are those of a merged model: give the keep ratio and merger it was made with "
+            "(--keep-ratio, --merger), or, to compress or train, the weights of its base"
+        )
     shapes = {k: (tuple(v.shape), tuple(own[k].shape)) for k, v in state.items() if k in own and v.shape != own[k].shape}
     head = {k for k in shapes if _is_head(model, k)}
     missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]

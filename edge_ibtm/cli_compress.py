@@ -105,7 +105,7 @@ def choose_recipe(options: dict[str, str], recipe: str | None, overrides: list[s
     for data of one's own.
     """
     from edge_ibtm.config import parse_recipe
-    from edge_ibtm.recipe import apply_overrides, find_recipe, read_yaml, recipe_for
+    from edge_ibtm.recipe import apply_overrides, find_recipe, give_way, read_yaml, recipe_for
 
     name = options.get("model", "mobilevit_s")
     own_data = "data" in options or any(o.startswith("data.source=") for o in overrides)
@@ -118,7 +118,7 @@ def choose_recipe(options: dict[str, str], recipe: str | None, overrides: list[s
         path = recipe_for(name)
         why = f"recipe {path.name}: the built-in demo set" if path else f"no recipe of its own for {name}: general settings"
     values: dict[str, Any] = read_yaml(path) if path else {"model": {"name": name}}
-    values = apply_overrides(values, overrides)
+    values = apply_overrides(give_way(values, [_OPTIONS[option] for option in options]), overrides)
     for option, value in options.items():
         values = _set(values, _OPTIONS[option].split("."), value)
     return parse_recipe(values, str(path.name) if path else "settings"), why

@@ -26,7 +26,7 @@ def probe(
     device: Annotated[str, typer.Option(help="host, android[:SERIAL], mac, ios[:NAME]")] = "host",
     model: Annotated[str | None, typer.Option(help="--target torch|cuda: model name")] = None,
     keep_ratio: Annotated[float | None, typer.Option(help="--model: merge down to this share")] = None,
-    merger: Annotated[str, typer.Option(help="--keep-ratio: which merger")] = "ibtm",
+    merger: Annotated[str | None, typer.Option(help="--keep-ratio: which merger; default ibtm")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="--model: torch.compile it")] = False,
     inputs: Annotated[Path | None, typer.Option(help=".pt or raw float32 input; default noise")] = None,
     shape: Annotated[str | None, typer.Option(help="input shape, e.g. 1,3,224,224")] = None,
@@ -36,8 +36,10 @@ def probe(
     warmup: Annotated[int, typer.Option(help="least number of untimed runs")] = 5,
     seconds: Annotated[float, typer.Option(help="stop sampling a model after this long")] = 60.0,
     profile: Annotated[bool, typer.Option("--profile", help="per-operator times (ETDump)")] = False,
-    cores: Annotated[str, typer.Option(help="android: all, big, little or a list such as 4,5")] = "all",
-    max_temperature: Annotated[float, typer.Option(help="android: wait until cooler, Celsius")] = 45.0,
+    cores: Annotated[str | None, typer.Option(help="android: all (default), big, little or a list such as 4,5")] = None,
+    max_temperature: Annotated[
+        float | None, typer.Option(help="android: wait until cooler, Celsius; default 45", show_default=False)
+    ] = None,
     runner: Annotated[
         Path | None, typer.Option(help="android: bundle folder or your own executor_runner; ios: .app")
     ] = None,

@@ -8,23 +8,33 @@ from typing import Any
 
 import typer
 
-from edge_ibtm.errors import UsageError, suggest
+from edge_ibtm.cli_targets import merger_for
+from edge_ibtm.errors import UsageError, refuse, suggest
 from edge_ibtm.probe.loop import ProbeOptions
 from edge_ibtm.probe.schema import Average, Emulated, Latency, ProbeRun
 
 TARGETS = ("artifact", "torch", "cuda")
+FILES = ("host", "android", "mac", "ios")
+# Where an option means something: files on a device, or a model in PyTorch. A profile of a model has its own message.
+_MEANT_FOR = {
+    "files": (*FILES, "model"), "inputs": (*FILES, "model"), "shape": (*FILES, "model"), "model": ("model",),
+    "keep_ratio": ("model",), "merger": ("model",), "compiled": ("model",), "threads": ("host", "android", "model"),
+    "profile": ("host", "android", "model"), "expected": ("android",), "cores": ("android",),
+    "max_temperature": ("android",), "runner": ("android", "ios"),
+}  # fmt: skip
+_OPTIONS = {"files": "FILES", "compiled": "--compile"}  # where the name is not the option's
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of the command, as typed."""
+    """The options of the command, as typed; None where a default depends on what is probed."""
 
     files: list[Path] = field(default_factory=list)
     target: str = "artifact"
     device: str = "host"
     model: str | None = None
     keep_ratio: float | None = None
-    merger: str = "ibtm"
+    merger: str | None = None
     compiled: bool = False
     inputs: Path | None = None
     shape: str | None = None
@@ -34,8 +44,8 @@ class Settings:
     warmup: int = 5
     seconds: float = 60.0
     profile: bool = False
-    cores: str = "all"
-    max_temperature: float = 45.0
+    cores: str | None = None
+    max_temperature: float | None = None
     runner: Path | None = None
     import_file: Path | None = None
 
@@ -43,6 +53,7 @@ class Settings:
 def run(settings: Settings) -> ProbeRun:
     """Carry out one probe command. Errors: UsageError, EdgeIBTMError, DeviceError as `edge_ibtm.probe.probe`."""
     if settings.import_file:
+        _refuse_idle(settings, "import", "--import, which brings in what was measured elsewhere")
         from edge_ibtm.probe.imported import import_results
 
         return import_results(settings.import_file)
@@ -52,13 +63,17 @@ def run(settings: Settings) -> ProbeRun:
         warmup=settings.warmup, samples=settings.samples, seconds=settings.seconds, profile=settings.profile
     )
     if settings.target != "artifact" or settings.model:
+        _refuse_idle(settings, "model", "a model in PyTorch on this machine")
         return _probe_model(settings, options)
     if not settings.files:
         raise UsageError("no artifact given: `edge-ibtm probe FILE.pte`, or `--target torch --model NAME`")
+    kind = settings.device.partition(":")[0]
+    if kind in FILES:
+        _refuse_idle(settings, kind, f"a file on --device {kind}")
     example = _example(settings)
-    if settings.device.partition(":")[0] == "android":
+    if kind == "android":
         return _probe_phone(settings, example, options)
-    if settings.device.partition(":")[0] in ("mac", "ios"):
+    if kind in ("mac", "ios"):
         from edge_ibtm.probe.apple import probe_apple
 
         given = None if example is None else [(example,)] * len(settings.files)
@@ -68,14 +83,22 @@ def run(settings: Settings) -> ProbeRun:
     return probe_many(settings.files, example, threads=settings.threads, device=settings.device, options=options)
 
 
+def _refuse_idle(settings: Settings, place: str, what: str) -> None:
+    """UsageError that names the options given that mean nothing where the probe takes place."""
+    given = {name: getattr(settings, name) for name, places in _MEANT_FOR.items() if place not in places}
+    typed = {_OPTIONS.get(k, f"--{k.replace('_', '-')}"): v for k, v in given.items() if v is not False and v != []}
+    hint = "; `edge-ibtm verify FILE --model NAME` compares outputs on this host" if settings.expected else ""
+    refuse(typed, f"no meaning for {what}; leave it out{hint}")
+
+
 def _probe_phone(settings: Settings, example: Any, options: ProbeOptions) -> ProbeRun:
     from edge_ibtm.probe.android import AndroidOptions, probe_android
 
     android = AndroidOptions(
         serial=settings.device.partition(":")[2] or None,
         threads=settings.threads,
-        cores=settings.cores,
-        max_temperature=settings.max_temperature,
+        cores="all" if settings.cores is None else settings.cores,
+        max_temperature=45.0 if settings.max_temperature is None else settings.max_temperature,
         runner=settings.runner,
         loop=options,
     )
@@ -97,9 +120,10 @@ def _probe_model(settings: Settings, options: ProbeOptions) -> ProbeRun:
     import edge_ibtm
     from edge_ibtm.probe.torch_ import probe_models
 
+    merger = merger_for(settings.merger, settings.keep_ratio)
     model = edge_ibtm.build_model(settings.model)
     if settings.keep_ratio is not None:
-        model = edge_ibtm.insert_mergers(model, merger=settings.merger, keep_ratio=settings.keep_ratio)
+        model = edge_ibtm.insert_mergers(model, merger=merger, keep_ratio=settings.keep_ratio)
     example = _example(settings)
     if example is None:
         size = (model.pretrained_cfg or {}).get("input_size", (3, 224, 224))

@@ -37,10 +37,12 @@ def validate(
     name: Annotated[str, typer.Argument(help="name of `recipe ls`, or a file")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="recipe overrides")] = None,
 ) -> None:
-    """Check a recipe; every fault is reported with its path."""
+    """Check a recipe, and that what it names is known; every fault is reported with its path."""
+    from edge_ibtm.names import check_names
     from edge_ibtm.recipe import load_recipe
 
     recipe = load_recipe(name, overrides or [])
+    check_names(recipe)
     merge = recipe.merge
     share = f"keep ratio {merge.keep_ratio:g}" if merge.macs is None else f"{merge.macs:g} of the base's MACs"
     typer.echo(f"{name}: valid ({recipe.model.name}, {merge.merger} at {share})")

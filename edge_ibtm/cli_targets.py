@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.errors import EdgeIBTMError, UsageError, refuse
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +21,7 @@ Model = Annotated[str, typer.Option("--model", help="model name (edge-ibtm list)
 Weights = Annotated[str | None, typer.Option(help="file (safetensors, .pth), 'pretrained', or none: random")]
 Classes = Annotated[int, typer.Option("--classes", help="number of classes")]
 Size = Annotated[int | None, typer.Option("--img-size", help="pixels; default: the model's own")]
-Merger = Annotated[str, typer.Option(help="merger for --keep-ratio")]
+Merger = Annotated[str | None, typer.Option(help="merger for --keep-ratio; default ibtm")]
 Keep = Annotated[float | None, typer.Option(help="insert mergers that keep this share of the tokens")]
 MinSqnr = Annotated[
     float | None, typer.Option(help="gate over all images, dB; default 80; in a run, and for Core ML, a recipe's gates")
@@ -36,31 +37,51 @@ def register(app: typer.Typer) -> None:
 
 
 def _build(
-    model: str, weights: str | None, classes: int, img_size: int | None, merge: tuple[str, float | None]
+    model: str, weights: str | None, classes: int, img_size: int | None, merge: tuple[str | None, float | None]
 ) -> nn.Module:
+    import torch
+
     from edge_ibtm import build_model, insert_mergers
 
-    if merge[1] is None:
+    torch.manual_seed(0)  # what the weights leave out is the same in `lower` and in `verify`
+    merger, keep_ratio = merger_for(*merge), merge[1]
+    if keep_ratio is None:
         return build_model(model, num_classes=classes, weights=weights, img_size=img_size)
     saved = weights if weights not in (None, "pretrained") else None
     built = build_model(model, num_classes=classes, weights=None if saved else weights, img_size=img_size)
     if not saved:
-        return insert_mergers(built, merger=merge[0], keep_ratio=merge[1])
-    return _load_merged(built, Path(saved), merge, model)
+        return insert_mergers(built, merger=merger, keep_ratio=keep_ratio)
+    return _load_merged(built, saved, (merger, keep_ratio))
 
 
-def _load_merged(model: nn.Module, file: Path, merge: tuple[str, float | None], name: str) -> nn.Module:
+def _tell_random(weights: str | None) -> None:
+    if weights is None:
+        typer.echo("note: the weights are random (seed 0); give --weights", err=True)
+
+
+def merger_for(merger: str | None, keep_ratio: float | None) -> str:
+    """The merger of a command line; UsageError if unknown, or given without --keep-ratio, when nothing is merged."""
+    from edge_ibtm.mergers import classes_of
+
+    if merger is None:
+        return "ibtm"
+    classes_of(merger)
+    if keep_ratio is None:
+        raise UsageError(f"--merger {merger} merges nothing without --keep-ratio; give it too, e.g. --keep-ratio 0.7")
+    return merger
+
+
+def _load_merged(model: nn.Module, file: str, merge: tuple[str, float]) -> nn.Module:
     """Weights of the base go in before the mergers, weights of a merged model after them: the keys tell which."""
     from edge_ibtm import insert_mergers
-    from edge_ibtm.checkpoint import load_into, read_state
+    from edge_ibtm.checkpoint import is_merged, load_into, read_state
 
     state = read_state(file)
-    merged_state = any(".sites." in key or ".merger." in key for key in state)
-    if not merged_state:
-        load_into(model, state, name)
-    insert_mergers(model, merger=merge[0], keep_ratio=merge[1] or 1.0)
-    if merged_state:
-        load_into(model, state, name)
+    if not is_merged(state):
+        load_into(model, state, file)
+    insert_mergers(model, merger=merge[0], keep_ratio=merge[1])
+    if is_merged(state):
+        load_into(model, state, file)
     return model.eval()
 
 
@@ -70,7 +91,7 @@ def check_command(
     classes: Classes = 1000,
     img_size: Size = None,
     keep_ratio: Keep = None,
-    merger: Merger = "ibtm",
+    merger: Merger = None,
     allow_fallback: Annotated[bool, typer.Option(help="accept operators outside the delegate")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
@@ -91,13 +112,14 @@ def lower_command(
     classes: Classes = 1000,
     img_size: Size = None,
     keep_ratio: Keep = None,
-    merger: Merger = "ibtm",
+    merger: Merger = None,
 ) -> None:
     """Write the artifact of a model for TARGET; the last line is JSON."""
     from edge_ibtm.check import example_for
     from edge_ibtm.targets import lower
 
     built = _build(model, weights, classes, img_size, (merger, keep_ratio))
+    _tell_random(weights)
     artifact = lower(built, example_for(built, img_size), output, target=target)
     total = artifact.delegated + artifact.non_delegated
     typer.echo(
@@ -111,10 +133,10 @@ def verify_command(
     artifact: Annotated[Path, typer.Argument(help=".pte, .pt2 or .mlpackage")],
     model: Annotated[str | None, typer.Option("--model", help="model it came from")] = None,
     weights: Weights = None,
-    classes: Classes = 1000,
+    classes: Annotated[int | None, typer.Option(help="number of classes; default 1000")] = None,
     img_size: Size = None,
     keep_ratio: Keep = None,
-    merger: Merger = "ibtm",
+    merger: Merger = None,
     inputs: Annotated[Path | None, typer.Option(help=".pt file with normalised images [B, 3, H, W]")] = None,
     min_sqnr: MinSqnr = None,
     images: Annotated[int | None, typer.Option(help="held-out images, in a run directory; default the recipe's")] = None,
@@ -125,27 +147,41 @@ def verify_command(
     In a run directory of `compress` the model and held-out images are found; elsewhere --model names the model, and
     the images are noise unless --inputs is given.
     """
-    given = _images(inputs)
-    eager = None if model is None else _build(model, weights, classes, img_size, (merger, keep_ratio))
+    described: dict[str, object] = {"--weights": weights, "--classes": classes, "--img-size": img_size}
+    if model is None:
+        described |= {"--keep-ratio": keep_ratio, "--merger": merger}
+        refuse(described, "these describe the model that --model names; give --model too, or leave them out")
+    if model or inputs or arch:
+        refuse({"--images": images}, "counts held-out images of a run directory; leave out --model, --inputs, --arch")
+    given, eager = _images(inputs), None
+    if model is not None:
+        eager = _build(model, weights, 1000 if classes is None else classes, img_size, (merger, keep_ratio))
+        _tell_random(weights)
     if arch is not None:
+        refuse({"--min-sqnr": min_sqnr}, "is a gate of runs on this host; --arch has its own")
         _verify_arch(arch, artifact, given, eager, img_size)
         return
     from edge_ibtm.verify import Limits
 
-    if eager is None:
-        from edge_ibtm.provenance import origin_of
-
-        origin = origin_of(artifact, images)
-        eager, shown, limits, kind = origin.reference, origin.images, origin.limits, "held-out images"
-    else:
-        from edge_ibtm.check import example_for
-
-        shown, limits, kind = example_for(eager, img_size), _usual_limits(artifact), "images of noise"
+    eager, shown, limits, kind = _origin(artifact, images) if eager is None else _noise(artifact, eager, img_size)
     if given is not None:
         shown, kind = given, "images"
-    if min_sqnr is not None:
-        limits = Limits(sqnr_db=min_sqnr)
-    _compare(eager, artifact, shown, limits, kind)
+    _compare(eager, artifact, shown, limits if min_sqnr is None else Limits(sqnr_db=min_sqnr), kind)
+
+
+def _origin(artifact: Path, images: int | None) -> tuple[nn.Module, Any, Limits, str]:
+    """Model, images, limits and what the images are, from the run directory the artifact is in."""
+    from edge_ibtm.provenance import origin_of
+
+    origin = origin_of(artifact, images)
+    return origin.reference, origin.images, origin.limits, "held-out images"
+
+
+def _noise(artifact: Path, model: nn.Module, img_size: int | None) -> tuple[nn.Module, Any, Limits, str]:
+    """The same for a model that was named."""
+    from edge_ibtm.check import example_for
+
+    return model, example_for(model, img_size), _usual_limits(artifact), "images of noise"
 
 
 def _compare(eager: nn.Module, artifact: Path, shown: Any, limits: Limits, kind: str) -> None:
@@ -157,7 +193,8 @@ def _compare(eager: nn.Module, artifact: Path, shown: Any, limits: Limits, kind:
         f"{verdict.sqnr_lowest_db:.1f}), least cosine {verdict.cosine:.6f}, max error {verdict.max_abs:.3g}, "
         f"same top-1 {verdict.top1_agreement:.0%} of {verdict.samples} {kind}"
     )
-    typer.echo(json.dumps(asdict(verdict)))
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(verdict).items()}
+    typer.echo(json.dumps(finite))
     verdict.require(str(artifact))
 
 
@@ -188,6 +225,8 @@ def _images(path: Path | None) -> Any:
         raise UsageError(f"{path} is not a tensor file that torch.load reads with weights_only: {error}") from error
     if not isinstance(images, torch.Tensor) or images.ndim != 4:
         raise UsageError(f"{path} must hold one tensor of images [B, 3, H, W]")
+    if images.numel() == 0:
+        raise UsageError(f"{path} holds no image: its tensor is {list(images.shape)}; give at least one [1, 3, H, W]")
     return images
 
 

@@ -86,8 +86,8 @@ def ib(
     data: Annotated[str | None, typer.Option(help="as in a recipe's data.source; none: the demo set")] = None,
     merger: Annotated[str, typer.Option(help="a name of `edge-ibtm list`; identity measures the base")] = "identity",
     keep_ratio: Annotated[float, typer.Option(help="tokens kept / tokens entering")] = 0.7,
-    img_size: Annotated[int | None, typer.Option(help="side in pixels")] = None,
-    images: Annotated[int, typer.Option(help="at most so many held-out images")] = 2000,
+    img_size: Annotated[int | None, typer.Option(min=1, help="side in pixels")] = None,
+    images: Annotated[int, typer.Option(min=1, help="at most so many held-out images")] = 2000,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
 ) -> None:
     """Information bottleneck loss (nats) of a model on held-out images, after every site and of the last features.
@@ -115,13 +115,13 @@ def _merged_model(name: str, weights: str | None, merge: tuple[str, float], data
     import torch
 
     from edge_ibtm import build_model, insert_mergers
-    from edge_ibtm.checkpoint import load_into, read_state
+    from edge_ibtm.checkpoint import is_merged, load_into, read_state
     from edge_ibtm.finetune_data import Plan, sample_batches
     from edge_ibtm.statistics_sites import refresh_mask_buffers
 
     torch.manual_seed(0)
     state = read_state(weights) if weights not in (None, "pretrained") else None  # type: ignore[arg-type]
-    complete = state is not None and any(".merger." in key for key in state)
+    complete = state is not None and is_merged(state)
     start = None if complete else weights
     model = build_model(name, num_classes=data.num_classes, weights=start, img_size=data.img_size)
     insert_mergers(model, merger=merge[0], keep_ratio=merge[1])

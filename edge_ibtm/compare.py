@@ -5,6 +5,7 @@ verdict.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def compare(before: str | Path, after: str | Path, *, tolerance: float = 0.05) -
     much B may be slower, 0.05 is 5 %. Errors: UsageError (no such file, no results, nothing in common,
     figures of another device, thread count or kind).
     """
-    if tolerance < 0:
-        raise UsageError(f"tolerance = {tolerance}; give a share of at least 0, such as 0.05")
+    if not 0 <= tolerance < math.inf:
+        raise UsageError(f"tolerance = {tolerance}; give a finite share of at least 0, such as 0.05")
     pairs = _pairs(read_results(before), read_results(after), (str(before), str(after)))
     return [_compare_one(a, b, tolerance) for a, b in pairs]
 

@@ -211,11 +211,18 @@ def parse_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
     if not isinstance(values, dict):
         raise UsageError(f"{origin}: a recipe is a mapping of sections, got {type(values).__name__}")
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as err:
         faults = [_fault(e) for e in err.errors()]
         head = f"{origin}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise UsageError("\n  ".join([head, *faults]) if len(faults) > 1 else f"{origin}: {faults[0]}") from None
+    merge = recipe.merge
+    if merge.macs is not None and "keep_ratio" in merge.model_fields_set:
+        raise UsageError(
+            f"{origin}: merge.macs is {merge.macs:g} and merge.keep_ratio is {merge.keep_ratio:g}, but macs solves "
+            "keep_ratio; give one of them"
+        )
+    return recipe
 
 
 def _fault(error: Any) -> str:

@@ -52,6 +52,15 @@ class Data:
         return len(self.class_names)
 
 
+def check_classes(wanted: int | None, data: Data) -> None:
+    """UsageError unless `wanted` (model.num_classes; None: any) is what the data has."""
+    if wanted is not None and wanted != data.num_classes:
+        raise UsageError(
+            f"model.num_classes is {wanted} and the data has {data.num_classes} classes; leave it out, or give "
+            "data.class_map for labels of a larger set"
+        )
+
+
 class Images(Dataset):
     """Chosen images of a source under one transform: item -> (image [3, H, W] float32, label)."""
 

@@ -45,6 +45,13 @@ def suggest(name: str, known: list[str]) -> str:
     return "known: " + ", ".join(sorted(known))
 
 
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """UsageError that names the options that were typed (value not None), followed by `why` they do not apply."""
+    typed = [option for option, value in given.items() if value is not None]
+    if typed:
+        raise UsageError(f"{', '.join(typed)}: {why}")
+
+
 def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
     """Return `registry[name]`, or raise UsageError that offers near names."""
     if name in registry:

@@ -88,6 +88,7 @@ class FinetuneConfig:
                 ("epochs", self.epochs >= 0, "0 or more"),
                 ("lr", self.lr > 0, "above 0"),
                 ("batch_size", self.batch_size > 0, "above 0"),
+                ("unmerged_epochs", self.unmerged_epochs >= 0, "0 or more"),
                 ("accumulate", self.accumulate > 0, "above 0"),
                 ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
                 ("ema", 0 <= self.ema < 1, "in [0, 1)"),

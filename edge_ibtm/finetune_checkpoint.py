@@ -34,6 +34,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as err:
         raise EdgeIBTMError(f"checkpoint {target} cannot be written ({err}); free space or choose a folder") from err
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:

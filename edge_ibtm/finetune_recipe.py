@@ -72,6 +72,8 @@ def _unmerged_epochs(epochs: int, options: TrainOptions) -> int:
     """Epochs before merging: none when fine-tuning; from scratch a tenth of them unless given."""
     if options.unmerged_epochs is None:
         return max(1, epochs // 10) if options.from_scratch and epochs > 1 else 0
+    if options.unmerged_epochs < 0:
+        raise UsageError(f"--unmerged-epochs is {options.unmerged_epochs}; give 0 or more")
     if 0 < options.unmerged_epochs >= epochs:
         raise UsageError(
             f"--unmerged-epochs is {options.unmerged_epochs} of {epochs} epochs, so the model would never merge; "
@@ -134,9 +136,10 @@ def open_data(recipe: Recipe, view: Any) -> tuple[Any, Any, int]:
     """(train, validation, classes). wds/... and hfids/... are read as streams by timm, everything else by data.py."""
     source = recipe.data.source or ""
     if not source.startswith(("wds/", "hfids/")):
-        from edge_ibtm.data import load_data
+        from edge_ibtm.data import check_classes, load_data
 
         data = load_data(recipe.data, view, seed=recipe.seed)
+        check_classes(recipe.model.num_classes, data)
         return data.train, data.test, data.num_classes
     if recipe.model.num_classes is None:
         raise UsageError(f"{source} is a stream, which does not say its classes; set model.num_classes")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from edge_ibtm.errors import UsageError
 from edge_ibtm.finetune_eval import evaluation_batches
 from edge_ibtm.finetune_loss import classifier_of, pooled_features
 from edge_ibtm.information import ib_bound, input_entropy
@@ -116,13 +117,17 @@ def model_ib(
     """IB of the tokens after every site, in order, then of the last features; at most `images` images of `data`.
 
     A model without sites gives the last features alone; insert merger="identity" to measure an unmerged model at the
-    same places. classes: default, the model's number of outputs.
+    same places. classes: default, the model's number of outputs. Raises UsageError when `images` is below 1.
     """
+    if images is not None and images < 1:
+        raise UsageError(f"images is {images}; give at least 1, or None for all")
     outputs = classes or int(classifier_of(model).out_features)  # type: ignore[arg-type]
     inputs, labels, last = [], [], []
     seen = 0
     with evaluating(model) as device, merged_features(model) as kept, pooled_features(model) as head:
         for batch, y in evaluation_batches(data, batch_size, accelerator):
+            left = len(y) if images is None else images - seen
+            batch, y = batch[:left], y[:left]
             model(batch.to(device))
             inputs.append(input_features(batch))
             labels.append(y)

@@ -57,6 +57,7 @@ class Run:
         self.recipe, self.watch, self.cache = recipe, watch, Cache(folder)
         self.context = Context(recipe, watch)
         self.products: list[Any] = []
+        self.on: dict[str, Any] | None = None  # the device that probes; None: nothing will be probed
 
     # --- one stage ------------------------------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ class Run:
     # --- the stages in order --------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse what cannot work before anything is written."""
+        """Refuse what cannot work before anything is made: on every run, for a phone may be gone."""
         from edge_ibtm.stages import preflight
         from edge_ibtm.stages_artifact import products
 
@@ -112,6 +113,8 @@ class Run:
             self.watch.finished("check", 0.0)
         self.context.done["check"] = entry
         self.products = products(recipe, entry.record["suffixes"])
+        if any(p.target in entry.record["probed"] for p in self.products):
+            self.on = device_facts(recipe.probe.device)
 
     def models(self) -> None:
         """data, base, merge, finetune, quantize."""
@@ -186,7 +189,7 @@ class Run:
             return
         names = [f"lower-{p.name}" for p in found]
         section = self.recipe.probe
-        inputs = {**section.model_dump(), "on": device_facts(section.device), "order": names, **self.digest(*names)}
+        inputs = {**section.model_dump(), "on": self.on, "order": names, **self.digest(*names)}
         self.stage("probe", inputs, lambda f: make_probe(context, found, f))
 
     # --- keys -----------------------------------------------------------------------------------------------------

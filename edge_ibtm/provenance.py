@@ -32,6 +32,8 @@ def origin_of(artifact: Path, count: int | None = None) -> Origin:
 
     Errors: UsageError when the artifact is not in a run directory, is not the one of its report, or its model is gone.
     """
+    if count is not None and count < 1:
+        raise UsageError(f"images is {count}; give at least 1 held-out image, or leave it out for the recipe's number")
     report_file = artifact.parent / "report.json"
     if not report_file.is_file():
         raise UsageError(

@@ -5,6 +5,7 @@ Recipes live in `recipes/` of a checkout and in `edge_ibtm/recipes/` of an insta
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Return a copy of `values` with `a.b=value` applied; values are read as YAML.
 
+    Of merge.keep_ratio and merge.macs, the one that an override sets takes the place of the one in `values`.
     Errors: UsageError naming every override that is not key=value or runs through a scalar.
     """
-    result = _copy(values)
+    result = give_way(values, [text.partition("=")[0].strip() for text in overrides if not _is_null(text)])
     faults = []
     for text in overrides:
         key, sign, value = text.partition("=")
@@ -96,6 +98,16 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     return result
 
 
+def give_way(values: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """A copy of `values` without what setting `keys` replaces: merge.macs by merge.keep_ratio, and conversely."""
+    result = _copy(values)
+    merge = result.get("merge")
+    for given, other in (("keep_ratio", "macs"), ("macs", "keep_ratio")):
+        if f"merge.{given}" in keys and isinstance(merge, dict):
+            merge.pop(other, None)
+    return result
+
+
 def load_recipe(source: str | Path | None, overrides: list[str] | None = None) -> Recipe:
     """Read, override and validate. source None: the defaults alone."""
     path = find_recipe(str(source)) if source is not None else None
@@ -106,6 +118,10 @@ def load_recipe(source: str | Path | None, overrides: list[str] | None = None) -
 def recipe_for(model: str) -> Path | None:
     """The shipped recipe of a model: the one that carries its name."""
     return list_recipes().get(model)
+
+
+def _is_null(override: str) -> bool:
+    return override.partition("=")[2].strip().lower() in ("", "~", "null")
 
 
 def _copy(values: Any) -> Any:

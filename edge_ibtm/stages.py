@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.cache import Entry
-from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, load_into, read_state, save_state
+from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, is_merged, load_into, read_state, save_state
 from edge_ibtm.config import Recipe, TrainSection
-from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup, suggest
+from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.watch import Watch
 
 if TYPE_CHECKING:
@@ -69,41 +69,38 @@ class Context:
 
 def preflight(recipe: Recipe) -> dict[str, Any]:
     """Fail before any work: unknown model, merger, target or device; weights that cannot be read; mergers that do not fit
-    the model. Returns target -> suffix.
+    the model. Returns target -> suffix, and the targets whose artifacts are probed: those that this host can run first.
 
     Errors: UsageError.
     """
     from edge_ibtm.backbones import build_model
     from edge_ibtm.data import view_of
+    from edge_ibtm.names import check_names
     from edge_ibtm.surgery import insert_mergers
     from edge_ibtm.targets import TARGETS
 
+    check_names(recipe)
     size = recipe.model.img_size
     model = build_model(recipe.model.name, img_size=size)
     insert_mergers(model, **recipe.merge.model_dump(), img_size=view_of(recipe.model.name, size).img_size)
-    for target in recipe.lower.targets:
-        lookup("target", target, TARGETS)
-    if recipe.model.weights not in (None, "pretrained"):
-        read_state(str(recipe.model.weights))
-    kind = recipe.probe.device.partition(":")[0]
-    if kind not in ("host", "android"):
-        raise UsageError(f"probe.device {recipe.probe.device!r} runs no .pte; {suggest(kind, ['host', 'android'])}")
-    return {"suffixes": {name: target.suffix for name, target in TARGETS.items()}}
+    weights = recipe.model.weights
+    if weights not in (None, "pretrained") and is_merged(read_state(str(weights))):
+        raise UsageError(f"weights {weights!r} are those of a merged model; give those of its base")
+    return {
+        "suffixes": {name: target.suffix for name, target in TARGETS.items()},
+        "probed": [name for name, target in TARGETS.items() if target.suffix == ".pte" and target.loads_here],
+    }
 
 
 def make_data(context: Context, folder: Path) -> dict[str, Any]:
     """Open and split the data; the record says how many images each part has and how they are viewed."""
     import json
 
+    from edge_ibtm.data import check_classes
     from edge_ibtm.files import write_text
 
     data, section = context.data, context.recipe.data
-    wanted = context.recipe.model.num_classes
-    if wanted is not None and wanted != data.num_classes:
-        raise UsageError(
-            f"model.num_classes is {wanted} and the data has {data.num_classes} classes; leave it out, or give "
-            "data.class_map for labels of a larger set"
-        )
+    check_classes(context.recipe.model.num_classes, data)
     parts = {"train": data.train, "calibration": data.calibration, "test": data.test}
     write_text(folder / "splits.json", json.dumps({k: v.names() for k, v in parts.items()}, indent=0))
     return {

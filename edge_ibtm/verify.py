@@ -62,7 +62,9 @@ def verify(
     """
     path = Path(artifact.path if isinstance(artifact, Artifact) else artifact)
     batches = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
-    check_example(batches)
+    if any(x.numel() == 0 for x in check_example(batches)):
+        shapes = [list(x.shape) for x in batches]
+        raise UsageError(f"nothing to compare on: inputs of {shapes}; give at least one image")
     run = runner_of(path, isolated=isolated)
     with torch.no_grad():
         wanted = torch.cat([run_reference(reference, batch) for batch in batches])

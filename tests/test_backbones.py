@@ -9,6 +9,7 @@ import torch
 import edge_ibtm
 from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
+from edge_ibtm.errors import UsageError
 from edge_ibtm.mergers import IBStep
 
 
@@ -51,3 +52,10 @@ def test_a_swin_block_changes_merged_tokens_and_copies_them_back(keep_ratio: flo
     whole = [torch.allclose(a, b, atol=1e-5) for a, b in zip(dropped, wanted)]
     assert 0 < sum(whole) < 3
     assert all(kept or torch.equal(a, b) for kept, a, b in zip(whole, dropped, before))
+
+
+@pytest.mark.parametrize("asked", [{"num_classes": 0}, {"num_classes": -3}, {"img_size": 0}, {"img_size": -64}])
+def test_a_model_without_classes_or_pixels_is_refused(asked: dict[str, int]) -> None:
+    (name, value), = asked.items()
+    with pytest.raises(UsageError, match=f"{name} is {value}; give at least 1"):
+        edge_ibtm.build_model("mobilevit_xxs", **asked)  # type: ignore[arg-type]

@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from edge_ibtm import cli, pipeline
-from edge_ibtm.checkpoint import ModelSpec, build, load_into, read_state, save_state
+from edge_ibtm import build_model, cli, pipeline, stages
+from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, load_into, read_state, save_state
 from edge_ibtm.cli_compress import choose_recipe
+from edge_ibtm.cli_targets import _build
+from edge_ibtm.config import parse_recipe
 from edge_ibtm.errors import EdgeIBTMError, GateError, UsageError
 
 
@@ -41,6 +43,12 @@ def test_recipe_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mobilevit_s" in run("recipe", "ls", capsys=capsys)[1]
     assert run("recipe", "cat", "smoke", capsys=capsys)[1].startswith("#")
     assert run("recipe", "validate", "smoke", "merge.keep_ratio=0.5", capsys=capsys)[0] == 0
+    code, _, err = run("recipe", "validate", "smoke", "model.name=mobilvit_s", "merge.merger=tome+dorp",
+                       "lower.targets=xnnpack,corml", "probe.device=andriod", capsys=capsys)  # fmt: skip
+    assert code == 2
+    for path, name in (("model.name", "mobilevit_s"), ("merge.merger", "drop"), ("lower.targets", "coreml"),
+                       ("probe.device", "android")):  # fmt: skip
+        assert any(path in line and f"did you mean '{name}'" in line for line in err.splitlines()), (path, err)
     assert json.loads(run("recipe", "schema", capsys=capsys)[1])["title"] == "Recipe"
 
 
@@ -113,6 +121,10 @@ def test_options_become_recipe_values() -> None:
     assert chosen.model.img_size is not None and "demo" in why
     own, why = choose_recipe({"model": "mobilevit_s", "data": "folder"}, None, [])
     assert own.model.img_size is None and "general settings" in why
+    budget, _ = choose_recipe({"macs": "0.8"}, "mobilevit_s", [])
+    assert budget.merge.macs == 0.8, "it takes the place of the recipe's keep_ratio"
+    with pytest.raises(UsageError, match=r"merge\.macs is 0\.8 and merge\.keep_ratio is 0\.5"):
+        choose_recipe({"keep_ratio": "0.5"}, None, ["merge.macs=0.8"])
     other, _ = choose_recipe({"model": "vit_tiny_patch16_224"}, None, [])
     assert other.model.name == "vit_tiny_patch16_224"
 
@@ -171,6 +183,20 @@ def test_checkpoint_of_another_class_count_offers_a_new_head() -> None:
     load_into(model, other.state_dict(), "f", new_head=True)
     assert torch.equal(model.stem.conv.weight, other.stem.conv.weight)
     assert model.head.fc.out_features == 10
+
+
+def test_weights_of_a_merged_model_are_told_from_another_architecture(tmp_path: Path) -> None:
+    file, named = tmp_path / "merged.safetensors", {"name": "mobilevit_xxs", "img_size": 64}
+    save_state(build(ModelSpec("mobilevit_xxs", 10, 64, MergeSpec("ibtm", 0.7))), file)
+    for refused in (
+        lambda: build_model("mobilevit_xxs", num_classes=10, weights=file),
+        lambda: _build("mobilevit_xxs", str(file), 10, 64, (None, None)),
+        lambda: _build("mobilevit_xxs", str(file), 10, 64, ("tome", 0.7)),
+        lambda: stages.preflight(parse_recipe({"model": {**named, "weights": str(file)}})),
+    ):
+        with pytest.raises(UsageError, match=r"merged\.safetensors' are those of a merged model"):
+            refused()
+    _build("mobilevit_xxs", str(file), 10, 64, (None, 0.7))
 
 
 def test_weights_survive_a_round_trip_with_wrappers_and_prefixes(tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_instructions_compare_without_an_interval(tmp_path: Path) -> None:
     assert found.value == 1.2 and found.low is None and found.regression
 
 
+@pytest.mark.parametrize("tolerance", ["nan", "inf", "-0.1"])
+def test_a_tolerance_that_nothing_could_exceed(tmp_path: Path, tolerance: str) -> None:
+    a = _file(tmp_path, "a.json", _latency("m", 1, 1))
+    with pytest.raises(UsageError, match=f"tolerance = {tolerance}; give a finite share"):
+        compare(a, a, tolerance=float(tolerance))
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no results file"):
         compare(tmp_path / "a", tmp_path / "b")

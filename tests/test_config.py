@@ -92,3 +92,23 @@ def test_schema_describes_every_section() -> None:
 def test_a_recipe_survives_its_own_yaml() -> None:
     recipe = load_recipe("mobilevit_s")
     assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_keep_ratio_or_macs_not_both() -> None:
+    with pytest.raises(UsageError, match=r"merge\.macs is 0\.8 and merge\.keep_ratio is 0\.5.*give one"):
+        parse_recipe({"merge": {"keep_ratio": 0.5, "macs": 0.8}})
+    assert parse_recipe({"merge": {"keep_ratio": 0.5, "macs": None}}).merge.keep_ratio == 0.5
+    with pytest.raises(UsageError, match=r"merge\.macs is 0\.8"):
+        load_recipe("smoke", ["merge.keep_ratio=0.5", "merge.macs=0.8"])
+
+
+def test_an_override_takes_the_place_of_the_other_knob(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    for written, override, (keep_ratio, macs) in (
+        ("keep_ratio: 0.5", "merge.macs=0.8", (0.7, 0.8)),
+        ("macs: 0.8", "merge.keep_ratio=0.5", (0.5, None)),
+        ("keep_ratio: 0.5", "merge.macs=null", (0.5, None)),
+    ):
+        file.write_text(f"merge: {{{written}}}\n")
+        merge = load_recipe(file, [override]).merge
+        assert (merge.keep_ratio, merge.macs) == (keep_ratio, macs)

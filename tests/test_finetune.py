@@ -282,6 +282,7 @@ def test_nan_steps_are_skipped_and_a_diverged_run_ends() -> None:
     [
         ({"ema": 1.5, "precision": "int4"}, "ema is 1.5.*precision is 'int4'"),
         ({"batch_size": 10, "accumulate": 4}, "not a multiple"),
+        ({"unmerged_epochs": -1}, "unmerged_epochs is -1, must be 0 or more"),
         ({"distill": 1.0}, "no teacher"),
     ],
 )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +15,9 @@ from torch.utils.data import TensorDataset
 
 import edge_ibtm
 from edge_ibtm import information as info
-from edge_ibtm.ib import LAST, input_features, measure_ib, model_ib
+from edge_ibtm.cli_train import _write
+from edge_ibtm.errors import UsageError
+from edge_ibtm.ib import LAST, IBMeasure, input_features, measure_ib, model_ib
 from edge_ibtm.mergers import IBStep
 from edge_ibtm.mergers.products import NormProducts
 from edge_ibtm.statistics import JointCounter, class_means, fit_clusters, kmeans
@@ -58,6 +64,16 @@ def test_every_site_and_the_last_features_are_measured() -> None:
     assert all(m.images == 50 for m in measures)
     assert [m.place for m in model_ib(tiny_vit(), data)] == [LAST]
     assert model_ib(model, data, images=20, batch_size=10)[0].images == 20
+    assert {m.images for m in model_ib(model, data, images=21, batch_size=16)} == {21}, "not a whole batch more"
+    with pytest.raises(UsageError, match="images is 0"):
+        model_ib(model, data, images=0)
+
+
+def test_figures_are_written_into_a_new_folder(tmp_path: Path) -> None:
+    measure = IBMeasure(LAST, 0.5, 1.0, 0.5, 2.0, 0.6, 0.1, 20)
+    _write(tmp_path / "new" / "x.json", [measure])
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == [asdict(measure)]
 
 
 @pytest.mark.parametrize("name", ["mobilevit_xxs", "efficientvit_b0"])

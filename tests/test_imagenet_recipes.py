@@ -16,8 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import edge_ibtm
+from edge_ibtm.config import Recipe, parse_recipe
+from edge_ibtm.data import View
 from edge_ibtm.errors import UsageError
-from edge_ibtm.finetune_recipe import TrainOptions, train_config, train_recipe
+from edge_ibtm.finetune_recipe import TrainOptions, open_data, train_config, train_recipe
 from edge_ibtm.recipe import head, list_recipes, load_recipe
 
 RECIPES = sorted(name for name in list_recipes() if name.startswith("imagenet/"))
@@ -109,6 +111,20 @@ def test_from_scratch_always_merges(tmp_path: Path) -> None:
     assert train_config(recipe, TrainOptions(out=tmp_path, from_scratch=True)).unmerged_epochs == 0
     with pytest.raises(UsageError, match="--unmerged-epochs is 1 of 1 epochs"):
         train_config(recipe, TrainOptions(out=tmp_path, from_scratch=True, unmerged_epochs=1))
+    with pytest.raises(UsageError, match="--unmerged-epochs is -1; give 0 or more"):
+        train_config(recipe, TrainOptions(out=tmp_path, from_scratch=True, unmerged_epochs=-1))
+
+
+def recipe_of(images: Path, classes: int | None) -> Recipe:
+    section = {"source": str(images), "calibration_images": 1}
+    return parse_recipe({"model": {"name": "mobilevit_xxs", "num_classes": classes}, "data": section})
+
+
+def test_train_refuses_another_number_of_classes_than_the_data_has(images: Path) -> None:
+    for classes in (CLASSES, None):
+        assert open_data(recipe_of(images, classes), View(64))[2] == CLASSES
+    with pytest.raises(UsageError, match=f"num_classes is 1000 and the data has {CLASSES} classes"):
+        open_data(recipe_of(images, 1000), View(64))
 
 
 @pytest.mark.slow

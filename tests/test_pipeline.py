@@ -18,12 +18,14 @@ import pytest
 from edge_ibtm import pipeline, stages, stages_artifact
 from edge_ibtm.cache import Cache, Stage, locked
 from edge_ibtm.config import Recipe, parse_recipe
-from edge_ibtm.errors import EdgeIBTMError, GateError, UsageError
+from edge_ibtm.errors import DeviceError, EdgeIBTMError, GateError, UsageError
 from edge_ibtm.lowering import LowerJob, Workers, parallel_jobs, run_job
 from edge_ibtm.probe import adb
+from edge_ibtm.watch import Watch
 
 SPEC = {"name": "mobilevit_xxs", "num_classes": 10, "img_size": 64, "merge": None}
 FIGURES = {"spec": SPEC, "top1": 90.0, "images": 50, "macs": 10, "params": 5, "bytes": 20, "origin": "test"}
+PREFLIGHT = {"suffixes": {"xnnpack": ".pte", "coreml": ".mlpackage"}, "probed": ["xnnpack"]}
 LATENCY = {"p50_ms": 2.0, "device": {"name": "x", "cores": 1, "runtime": "r"}, "threads": 1, "samples_ms": [2.0]}
 
 
@@ -34,7 +36,7 @@ class FakeStages:
         self.calls: list[str] = []
         self.top1 = {"base": 90.0, "merge": 50.0, "finetune": 89.0, "quantize": 88.5}
         self.fail: str | None = None
-        monkeypatch.setattr(stages, "preflight", lambda recipe: {"suffixes": {"xnnpack": ".pte", "coreml": ".mlpackage"}})
+        monkeypatch.setattr(stages, "preflight", lambda recipe: PREFLIGHT)
         part: dict[str, Callable[[Recipe], Any]] = {
             "data": lambda r: r.data,
             "base": lambda r: r.base,
@@ -158,6 +160,21 @@ def test_latency_of_another_phone_is_not_this_ones(fake: FakeStages, tmp_path: P
         monkeypatch.setattr(adb, "choose_device", lambda wanted, s=serial: adb.Adb(s, "adb"))
         pipeline.compress(recipe(probe={"device": "android"}), tmp_path)
     assert fake.calls.count("probe") == 2
+
+
+def test_a_missing_phone_is_told_before_any_work(
+    fake: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(wanted: str | None) -> adb.Adb:
+        raise DeviceError("no phone: connect one")
+
+    monkeypatch.setattr(adb, "choose_device", gone)
+    for _ in ("the first run", "a run whose check is cached"):
+        with pytest.raises(DeviceError, match="no phone"):
+            pipeline.compress(recipe(probe={"device": "android"}), tmp_path)
+    assert fake.calls == []
+    only_apple = recipe(probe={"device": "android"}, lower={"targets": ["coreml"]}, quantize={"scheme": "none"})
+    pipeline.Run(only_apple, tmp_path, Watch()).check()  # nothing of it will be probed
 
 
 def test_gates_limits_and_report_are_not_part_of_any_key(fake: FakeStages, tmp_path: Path) -> None:

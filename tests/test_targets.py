@@ -129,6 +129,16 @@ def test_bad_files_and_inputs(lowered, tmp_path):
         verify(nn.Identity(), tmp_path / "x.onnx", x)
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "suffix"),
+    [("x.pte", "torch", ".pt2"), ("x", "xnnpack", ".pte"), ("x.pte", "coreml", ".mlpackage")],
+)
+def test_an_artifact_has_the_suffix_of_its_target(name, target, suffix, tmp_path):
+    with pytest.raises(UsageError, match=f"target {target} writes {suffix} files, not '{name}'"):
+        lower(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / name, target=target)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_of_a_program_go_with_its_last_reference(lowered):
     gc.disable()
     try:

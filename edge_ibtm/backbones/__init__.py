@@ -16,7 +16,7 @@ from .vit import VIT
 
 BACKBONES: dict[str, Family] = {f.name: f for f in (MOBILEVIT, EFFICIENTVIT, VIT, SWIN)}
 
-__all__ = ["BACKBONES", "Family", "Settings", "build_model", "family_of", "model_names"]
+__all__ = ["BACKBONES", "Family", "Settings", "build_model", "check_name", "family_of", "model_names"]
 
 
 def model_names() -> list[str]:
@@ -40,6 +40,14 @@ def _is_merged(model: nn.Module, family: Family) -> bool:
     return any(type(m).__module__ == home for m in model.modules())
 
 
+def check_name(name: str) -> None:
+    """UsageError unless timm knows a model of this name."""
+    import timm
+
+    if not timm.is_model(name):
+        raise UsageError(f"unknown model {name!r}; {suggest(name.split('.')[0], model_names())}")
+
+
 def build_model(
     name: str, *, num_classes: int = 1000, weights: str | Path | None = None, img_size: int | None = None
 ) -> nn.Module:
@@ -49,10 +57,12 @@ def build_model(
     "pretrained" (timm's hub), or a file (safetensors, or .pth read with weights_only). img_size: pixels, for models with
     position embeddings or windows of fixed size (ViT, Swin). Raises UsageError for what cannot be built as asked.
     """
+    for what, value in (("num_classes", num_classes), ("img_size", img_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"{what} is {value}; give at least 1")
+    check_name(name)
     import timm
 
-    if not timm.is_model(name):
-        raise UsageError(f"unknown model {name!r}; {suggest(name.split('.')[0], model_names())}")
     options: dict[str, Any] = {"num_classes": num_classes}
     if img_size is not None and name.startswith(("vit", "deit", "swin")):
         options["img_size"] = img_size
@@ -69,7 +79,7 @@ def build_model(
     if weights is not None and weights != "pretrained":
         from ..checkpoint import load_into, read_state
 
-        load_into(model, read_state(weights), name)
+        load_into(model, read_state(weights), str(weights))
     return model.eval()
 
 

@@ -30,10 +30,11 @@ MERGERS: dict[str, type[Merger]] = {
     "uniform": UniformPool,
 }
 
-__all__ = ["MERGERS", "IBStep", "Merger", "Tokens", "check_merger", "make_merger"]
+__all__ = ["MERGERS", "IBStep", "Merger", "Tokens", "check_merger", "classes_of", "make_merger"]
 
 
-def _classes(name: str) -> list[type[Merger]]:
+def classes_of(name: str) -> list[type[Merger]]:
+    """The one or two classes behind a name. Raises UsageError for an unknown name, or a chain of more."""
     parts = name.split("+")
     if len(parts) > 2:
         raise UsageError(f"merger {name!r} chains {len(parts)} methods; a site takes one, or a merger+pruner pair")
@@ -42,7 +43,7 @@ def _classes(name: str) -> list[type[Merger]]:
 
 def make_merger(name: str, dim: int, classes: int) -> Merger:
     """A fresh merger, whose mask reads `dim` features a token, of a model with `classes` outputs; `a+b` chains two."""
-    made = [cls(dim, classes) for cls in _classes(name)]
+    made = [cls(dim, classes) for cls in classes_of(name)]
     return made[0] if len(made) == 1 else Chain(*made)
 
 
@@ -51,7 +52,7 @@ def check_merger(name: str, layout: str, attention: tuple[str, ...]) -> None:
 
     attention: which of "class_attention", "received_attention" the backbone's sites provide.
     """
-    classes = _classes(name)
+    classes = classes_of(name)
     if not all(layout in cls.layouts for cls in classes):
         fit = [n for n, cls in MERGERS.items() if layout in cls.layouts]
         raise UsageError(f"merger {name!r} has no meaning in the {layout} layout; these have: {', '.join(fit)}")
