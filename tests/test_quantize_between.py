@@ -71,6 +71,7 @@ def test_silu_costs_little_precision():
         assert sqnr_db(F.silu(plain(x)), quantized) >= sqnr_db(plain(x), linear) - 3
 
 
+@pytest.mark.slow
 def test_a_layer_left_in_float_keeps_its_silu(mobilevit):
     model, batches = mobilevit
     converted = quantize(model, batches, scheme="mixed", min_sqnr=90.0, most=0.2)

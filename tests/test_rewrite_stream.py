@@ -74,7 +74,10 @@ def test_a_stream_that_something_else_reads_keeps_its_means(why):
     assert all(sqnr(a.detach(), b.detach()) >= 100 for a, b in pairs)
 
 
-@pytest.mark.parametrize("density", [None, "stage", "block", "once", "progressive"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("density", [None, "stage", "once", *(pytest.param(d, marks=SLOW) for d in ("block", "progressive"))])
 def test_a_mobilevit(density):
     model, size = BACKBONES["mobilevit"].twin()
     shaken(model)

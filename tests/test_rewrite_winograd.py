@@ -80,15 +80,20 @@ def transforms(program):
     return sum(tuple(n.args[1].meta["val"].shape[2:]) in ((4, 1), (1, 4)) for n in convolutions)
 
 
-def test_a_float_file_has_it_where_the_map_is_large(merged, tmp_path):
+def test_a_float_file_has_it_where_the_map_is_large(merged):
     x = torch.randn(1, 3, 128, 128)  # maps of 16 x 16, 8 x 8 and 4 x 4, two convolutions on each
     before = {name: value.clone() for name, value in merged.state_dict().items()}
     assert transforms(export_rewritten(merged, (x,), winograd)) == 2 * 20
     assert transforms(export_rewritten(merged, (x,))) == 0
+    assert all(torch.equal(before[name], value) for name, value in merged.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_lowered_file_with_it_computes_the_same(merged, tmp_path):
+    x = torch.randn(1, 3, 128, 128)
     artifact = edge_ibtm.lower(merged, x, tmp_path / "m.pte")
     assert artifact.subgraphs == 1
     assert edge_ibtm.verify(merged, artifact, x).sqnr_db > 100
-    assert all(torch.equal(before[name], value) for name, value in merged.state_dict().items())
 
 
 def test_a_graph_to_be_quantized_has_none(merged):

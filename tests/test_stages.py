@@ -57,6 +57,7 @@ def test_real_stages_end_to_end(tmp_path: Path) -> None:
     assert time.monotonic() - again < 30
 
 
+@pytest.mark.slow
 def test_quantization_aware_training_is_a_scheme(tmp_path: Path) -> None:
     """With the fine-tune loop, from its result on, the float model the teacher."""
     values = {**REAL, "merge": {"keep_ratio": 0.7}, "quantize": {"scheme": "qat", "lr": 1e-3}}

@@ -215,7 +215,7 @@ def test_portable_and_torch_targets_run(vit, tmp_path):
             verify(model, tmp_path / f"{name}.pt2", x)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic"])
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("int8_dynamic", marks=pytest.mark.slow)])
 def test_the_portable_target_runs_8_bit_graphs(vit, scheme, tmp_path):
     model, size = vit
     x = torch.randn(1, 3, size, size)
