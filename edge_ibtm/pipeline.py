@@ -113,7 +113,7 @@ class Run:
             self.watch.finished("check", 0.0)
         self.context.done["check"] = entry
         self.products = products(recipe, entry.record["suffixes"])
-        if any(p.target in entry.record["probed"] for p in self.products):
+        if any(p.suffix == ".pte" for p in self.products):
             self.on = device_facts(recipe.probe.device)
 
     def models(self) -> None:

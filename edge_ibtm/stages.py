@@ -69,7 +69,7 @@ class Context:
 
 def preflight(recipe: Recipe) -> dict[str, Any]:
     """Fail before any work: unknown model, merger, target or device; weights that cannot be read; mergers that do not fit
-    the model. Returns target -> suffix, and the targets whose artifacts are probed: those that this host can run first.
+    the model. Returns target -> suffix.
 
     Errors: UsageError.
     """
@@ -86,10 +86,7 @@ def preflight(recipe: Recipe) -> dict[str, Any]:
     weights = recipe.model.weights
     if weights not in (None, "pretrained") and is_merged(read_state(str(weights))):
         raise UsageError(f"weights {weights!r} are those of a merged model; give those of its base")
-    return {
-        "suffixes": {name: target.suffix for name, target in TARGETS.items()},
-        "probed": [name for name, target in TARGETS.items() if target.suffix == ".pte" and target.loads_here],
-    }
+    return {"suffixes": {name: target.suffix for name, target in TARGETS.items()}}
 
 
 def make_data(context: Context, folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from edge_ibtm.watch import Watch
 
 SPEC = {"name": "mobilevit_xxs", "num_classes": 10, "img_size": 64, "merge": None}
 FIGURES = {"spec": SPEC, "top1": 90.0, "images": 50, "macs": 10, "params": 5, "bytes": 20, "origin": "test"}
-PREFLIGHT = {"suffixes": {"xnnpack": ".pte", "coreml": ".mlpackage"}, "probed": ["xnnpack"]}
+PREFLIGHT = {"suffixes": {"xnnpack": ".pte", "coreml": ".mlpackage"}}
 LATENCY = {"p50_ms": 2.0, "device": {"name": "x", "cores": 1, "runtime": "r"}, "threads": 1, "samples_ms": [2.0]}
 
 
