@@ -14,12 +14,9 @@ from edge_ibtm.data import View, load_data
 from edge_ibtm.finetune import FinetuneConfig
 from edge_ibtm.targets.coreml import CoreMLOptions, lower_coreml, run_mlpackage
 
-SLOW = pytest.mark.slow
 
-
-@pytest.mark.parametrize(
-    "family", ["efficientvit", pytest.param("swin", marks=SLOW), pytest.param("mobilevit", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["efficientvit", "swin", "mobilevit"])
 def test_families_in_half_precision(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, size = BACKBONES[family].twin()

@@ -74,6 +74,7 @@ def test_counts_are_left_out_with_a_reason(files: Tiny, arm: runner.Bundle, monk
     assert found.instructions is None and "instructions not counted: no C compiler" in found.notes[0]
 
 
+@pytest.mark.slow
 def test_float_kernels_are_what_differs_in_an_8bit_program(files: Tiny, arm: runner.Bundle) -> None:
     """Convolutions in 8 bits are exact on Arm (above); SiLU in float is not, by its last bit."""
     alone = verify_aarch64(silu_alone(), [files.example], options=EmulationOptions(count=False)).parity

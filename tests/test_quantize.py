@@ -213,7 +213,8 @@ def test_smoothing_changes_no_value_and_makes_channels_alike():
     assert found[0] > found[1] + 3, found
 
 
-@pytest.mark.parametrize("merger", [pytest.param(None, marks=pytest.mark.slow), "ibtm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("merger", [None, "ibtm"])
 def test_a_swin_with_dynamic_activations_is_one_subgraph(merger, tmp_path):
     model, size = BACKBONES["swin"].twin()
     if merger:

@@ -81,6 +81,7 @@ def test_a_layer_left_in_float_keeps_its_silu(mobilevit):
     assert not any("dequantize" in n.args[0].name for n in float_gates)
 
 
+@pytest.mark.slow
 def test_dynamic_leaves_silu_and_convolutions_in_float(mobilevit, tmp_path):
     model, batches = mobilevit
     converted = quantize(model, batches, scheme="int8_dynamic")
@@ -98,6 +99,7 @@ def concatenations(graph):
     return taken, len(found) - taken
 
 
+@pytest.mark.slow
 def test_concatenations_of_quantized_layers_only(mobilevit):
     model, batches = mobilevit
     assert concatenations(quantize(model, batches)) == (sum(isinstance(m, MobileVitBlock) for m in model.modules()), 0)
@@ -110,6 +112,7 @@ def test_concatenations_of_quantized_layers_only(mobilevit):
         assert after[0] == before[0] and after[1] >= before[1], "rolls and merge sites stay in float"
 
 
+@pytest.mark.slow
 def test_qat_quantizes_silu(mobilevit):
     model, batches = mobilevit
     converted = quantize_qat(model, batches, lambda module: None, batch_size=2)

@@ -27,7 +27,7 @@ def zero_points(graph: nn.Module) -> list[int]:
     return [n.args[1].args[2] for n in graph.graph.nodes if n.target is torch.ops.aten.bmm.default]
 
 
-@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("read", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_symmetric_values_are_moved_by_one_step(read, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(1, 8, 16)

@@ -18,8 +18,10 @@ def swin(**options) -> torch.nn.Module:
     return shaken(timm.create_model("swin_tiny_patch4_window7_224", **{**OPTIONS, **options}))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("merger", [None, "ibtm"])
+@pytest.mark.parametrize(
+    ("merger", "batch"),
+    [(None, 1), ("ibtm", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((None, 3), ("ibtm", 1)))],
+)
 def test_it_is_equal(merger, batch):
     model, images = swin(), torch.randn(batch, 3, 112, 112)
     if merger:

@@ -80,6 +80,7 @@ def transforms(program):
     return sum(tuple(n.args[1].meta["val"].shape[2:]) in ((4, 1), (1, 4)) for n in convolutions)
 
 
+@pytest.mark.slow
 def test_a_float_file_has_it_where_the_map_is_large(merged):
     x = torch.randn(1, 3, 128, 128)  # maps of 16 x 16, 8 x 8 and 4 x 4, two convolutions on each
     before = {name: value.clone() for name, value in merged.state_dict().items()}
