@@ -15,8 +15,11 @@ from edge_ibtm.probe.schema import Average, Emulated, Latency, ProbeRun
 
 TARGETS = ("artifact", "torch", "cuda")
 FILES = ("host", "android", "mac", "ios")
-# Where an option means something: files on a device, or a model in PyTorch. A profile of a model has its own message.
+# Where an option means something: files on a device, or a model in PyTorch; nothing does beside --import. Options that
+# _probe_model refuses with a message of its own are let through there.
 _MEANT_FOR = {
+    "target": (*FILES, "model"), "device": (*FILES, "model"), "samples": (*FILES, "model"), "warmup": (*FILES, "model"),
+    "seconds": (*FILES, "model"),
     "files": (*FILES, "model"), "inputs": (*FILES, "model"), "shape": (*FILES, "model"), "model": ("model",),
     "keep_ratio": ("model",), "merger": ("model",), "compiled": ("model",), "threads": ("host", "android", "model"),
     "profile": ("host", "android", "model"), "expected": ("android",), "cores": ("android",),
@@ -85,8 +88,9 @@ def run(settings: Settings) -> ProbeRun:
 
 def _refuse_idle(settings: Settings, place: str, what: str) -> None:
     """UsageError that names the options given that mean nothing where the probe takes place."""
-    given = {name: getattr(settings, name) for name, places in _MEANT_FOR.items() if place not in places}
-    typed = {_OPTIONS.get(k, f"--{k.replace('_', '-')}"): v for k, v in given.items() if v is not False and v != []}
+    idle = [name for name, places in _MEANT_FOR.items() if place not in places]
+    given = {name: getattr(settings, name) for name in idle if getattr(settings, name) != getattr(Settings(), name)}
+    typed = {_OPTIONS.get(name, f"--{name.replace('_', '-')}"): value for name, value in given.items()}
     hint = "; `edge-ibtm verify FILE --model NAME` compares outputs on this host" if settings.expected else ""
     refuse(typed, f"no meaning for {what}; leave it out{hint}")
 

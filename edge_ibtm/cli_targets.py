@@ -26,7 +26,7 @@ Keep = Annotated[float | None, typer.Option(help="insert mergers that keep this 
 MinSqnr = Annotated[
     float | None, typer.Option(help="gate over all images, dB; default 80; in a run, and for Core ML, a recipe's gates")
 ]
-TargetName = Annotated[str, typer.Option("--target", help="xnnpack, portable, vulkan, coreml, torch")]
+TargetName = Annotated[str, typer.Option("--target", help="xnnpack, portable, vulkan, coreml, coreml_pte, torch")]
 
 
 def register(app: typer.Typer) -> None:
@@ -202,13 +202,17 @@ def _usual_limits(artifact: Path) -> Limits:
     """What a recipe asks of a package by default, by the precision written in it; of anything else what fp32 reaches."""
     from edge_ibtm.config import VerifySection
     from edge_ibtm.gates import limits_of
+    from edge_ibtm.targets.runtime import holds_coreml
     from edge_ibtm.verify import Limits
 
-    if artifact.suffix != ".mlpackage":
-        return Limits()
-    from edge_ibtm.targets.coreml import package_facts
+    precision = "fp32"
+    if artifact.suffix == ".mlpackage":
+        from edge_ibtm.targets.coreml import package_facts
 
-    asked = limits_of(VerifySection(), package_facts(artifact).metadata.get("precision", "fp32"))
+        precision = package_facts(artifact).metadata.get("precision", "fp32")
+    elif artifact.suffix == ".pte" and holds_coreml(artifact):
+        precision = "fp16"
+    asked = limits_of(VerifySection(), precision)
     return Limits(**asked) if any(asked.values()) else Limits()
 
 

@@ -177,13 +177,14 @@ class Run:
 
     def judge(self) -> None:
         """verify each artifact, then probe all of them together."""
-        from edge_ibtm.stages_artifact import make_probe, make_verify
+        from edge_ibtm.stages_artifact import EVALUATED, make_probe, make_verify
 
         context = self.context
         for product in self.products:
             inputs = {"images": self.recipe.verify.images, **self.digest(f"lower-{product.name}", product.stage, "data")}
             self.stage(f"verify-{product.name}", inputs, partial(make_verify, context, product), "verify")
-        found = [p for p in self.products if p.suffix == ".pte" and context.done[f"verify-{p.name}"].record["verified"]]
+        verified = [p for p in self.products if context.done[f"verify-{p.name}"].record["verified"]]
+        found = [p for p in verified if p.suffix == ".pte" and p.target not in EVALUATED]
         if not found:
             self.watch.skipped("probe", "no artifact that this host can run")
             return

@@ -18,6 +18,7 @@ from edge_ibtm.config import Recipe
 from edge_ibtm.errors import GateError, UsageError
 from edge_ibtm.files import write_text
 from edge_ibtm.gates import Gate, all_gates
+from edge_ibtm.stages_artifact import EVALUATED
 
 EAGER = {"base": "base", "merge": "merged, untrained", "finetune": "merged, tuned", "quantize": "merged, int8 graph"}
 NEAR_DB = 25.0  # an 8-bit graph further from its model is remarked on
@@ -163,7 +164,7 @@ def _notes(done: Mapping[str, Entry], products: list[Any]) -> list[str]:
         checked = done[f"verify-{product.name}"].record
         if not checked["verified"]:
             notes.append(f"{product.file}: {checked['why']}")
-        elif product.target == "coreml":
+        elif product.target in EVALUATED:
             notes.append(_coreml_note(product.file, checked))
     return notes
 

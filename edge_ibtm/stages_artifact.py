@@ -12,6 +12,8 @@ from edge_ibtm.errors import UsageError
 from edge_ibtm.lowering import LowerJob, Workers, run_job
 from edge_ibtm.stages import CONVERTED, WEIGHTS, Context, count_correct, load_converted, stacked
 
+EVALUATED = ("coreml", "coreml_pte")  # on a Mac Core ML runs them, elsewhere its operations are evaluated one by one
+
 
 @dataclass(frozen=True)
 class Product:
@@ -34,12 +36,12 @@ def products(recipe: Recipe, suffixes: Mapping[str, str]) -> list[Product]:
 
     suffixes: target -> file suffix.
 
-    Every target gets fp32 (Core ML: its own precision); targets that run PT2E graphs get int8 too.
+    Every target gets fp32 (Core ML: its own precision, in a `.pte` fp16); targets that run PT2E graphs get int8 too.
     """
     made = []
     for target in recipe.lower.targets:
-        precision = recipe.lower.coreml_precision if target == "coreml" else "fp32"
-        origins = (["base"] if recipe.lower.base and target != "coreml" else []) + ["finetune"]
+        precision = {"coreml": recipe.lower.coreml_precision, "coreml_pte": "fp16"}.get(target, "fp32")
+        origins = (["base"] if recipe.lower.base and target not in EVALUATED else []) + ["finetune"]
         for stage in origins:
             made.append(_product(stage, target, precision, suffixes[target]))
         if recipe.quantize.scheme != "none" and target in ("xnnpack", "portable"):
@@ -96,13 +98,13 @@ def make_verify(context: Context, product: Product, folder: Path) -> dict[str, A
 
     path = context.done[f"lower-{product.name}"].file(product.file)
     structure = _structure(product, path)
-    if product.target != "coreml" and not TARGETS[product.target].loads_here:
+    if product.target not in EVALUATED and not TARGETS[product.target].loads_here:
         why = f"this host has no runtime for {product.target}; run it on a device"
         return {"verified": False, "why": why}
     try:
         return {**_compare(context, product, path), **structure}
     except UsageError as err:
-        if product.target != "coreml":
+        if product.target not in EVALUATED:
             raise
         return {"verified": False, "why": f"its structure was checked, but it cannot be run here: {err}", **structure}
 
@@ -121,7 +123,7 @@ def _compare(context: Context, product: Product, path: Path) -> dict[str, Any]:
         reference = context.model(product.stage)
     verdict = verify(reference, path, images)
     run = runner_of(path)
-    limit = count if product.target == "coreml" else None
+    limit = count if product.target in EVALUATED else None
 
     def predict(batch: torch.Tensor) -> torch.Tensor:
         return torch.cat([run(image[None]) for image in batch])

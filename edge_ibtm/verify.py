@@ -84,11 +84,16 @@ def run_reference(reference: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def runner_of(path: Path, *, isolated: bool = False) -> Any:
     """A function images [B, 3, H, W] -> outputs that runs the artifact at `path` on this host.
 
-    isolated: run a `.pte` in a child process, where native code may abort.
+    isolated: run a `.pte` in a child process, where native code may abort. A `.pte` for Core ML is evaluated where
+    Core ML is not (`edge_ibtm.targets.mil_eval`).
     """
     if path.suffix == ".pte":
-        from edge_ibtm.targets.runtime import batch_runner, run_isolated
+        from edge_ibtm.targets.runtime import batch_runner, holds_coreml, run_isolated
 
+        if holds_coreml(path):
+            from edge_ibtm.targets.coreml_pte import PackageInside
+
+            return PackageInside(path)
         return partial(run_isolated, path) if isolated else batch_runner(path)
     if path.suffix == ".pt2":
         return _program_runner(path)

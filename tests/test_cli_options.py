@@ -113,6 +113,7 @@ def test_figures_that_are_no_numbers_are_null_in_json(
         ("x.mlpackage --device ios", "--expected y.pt | --threads 2 | --max-temperature 40"),
         ("--target torch --model mobilevit_xxs", "--expected y.pt | --cores big | --max-temperature 40 | --runner r"),
         ("--import log.txt", "--model mobilevit_xxs | --threads 2 | --profile"),
+        ("--import log.txt", "--device mac | --target cuda | --samples 9 | --warmup 9 | --seconds 9"),
     ],
 )
 def test_probe_refuses_what_means_nothing_there(place: str, options: str, capsys: pytest.CaptureFixture[str]) -> None:

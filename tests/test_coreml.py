@@ -23,7 +23,7 @@ from edge_ibtm.targets.coreml import (
     run_mlpackage,
 )
 from edge_ibtm.targets.coreml_package import open_package, operations, to_bytes
-from edge_ibtm.targets.coreml_pte import extract_mlpackage, lower_coreml_pte, run_coreml_pte
+from edge_ibtm.targets.coreml_pte import PackageInside, extract_mlpackage
 from edge_ibtm.verify import Limits
 
 FLOAT32, FLOAT16 = 11, 10  # MIL data types
@@ -102,7 +102,7 @@ def test_verify_asks_of_a_package_what_its_precision_can_reach(packages, tmp_pat
     assert _usual_limits(packages["fp16"].path) == Limits(None, sqnr_median_db=40, top1_agreement=0.98)
     assert _usual_limits(packages["plain-int8w"].path) == Limits(None, sqnr_median_db=28, top1_agreement=0.98)
     assert _usual_limits(packages["plain-fp32"].path) == _usual_limits(packages["plain-pal4"].path) == Limits()
-    assert _usual_limits(tmp_path / "m.pte") == Limits()
+    assert _usual_limits(tmp_path / "m.pt2") == Limits()
 
 
 def test_compressed_weights_are_smaller(packages) -> None:
@@ -130,9 +130,9 @@ def test_decisions_stay_in_single_precision(packages) -> None:
 
 @pytest.mark.slow
 def test_merged_pte_in_half_precision(vit, images, tmp_path) -> None:
-    artifact = lower_coreml_pte(vit, normalised(images[:1]), tmp_path / "m.pte")
+    artifact = edge_ibtm.lower(vit, normalised(images[:1]), tmp_path / "m.pte", target="coreml_pte")
     assert artifact.subgraphs == 1
-    assert sqnr(reference(vit, images), run_coreml_pte(artifact.path, normalised(images))) >= 40
+    assert sqnr(reference(vit, images), PackageInside(artifact.path)(normalised(images))) >= 40
 
 
 class FakeCoreML:
@@ -177,14 +177,17 @@ def test_without_normalisation_the_input_is_a_tensor(plain, images, tmp_path) ->
 
 def test_pte_carries_the_package(plain, images, tmp_path) -> None:
     x = normalised(images[:4])
-    artifact = lower_coreml_pte(plain, x[:1], tmp_path / "m.pte")
+    artifact = edge_ibtm.lower(plain, x[:1], tmp_path / "m.pte", target="coreml_pte")
     assert artifact.subgraphs == 1 and artifact.non_delegated <= 2
-    assert sqnr(reference(plain, images[:4]), run_coreml_pte(artifact.path, x)) >= 40
+    assert _usual_limits(artifact.path) == Limits(None, sqnr_median_db=40, top1_agreement=0.98)
+    verdict = edge_ibtm.verify(plain, artifact, x, limits=Limits(sqnr_db=40), isolated=True)
+    assert verdict.require().samples == 4
     with pytest.raises(UsageError, match="precision fp16 or fp32"):
-        lower_coreml_pte(plain, x[:1], tmp_path / "bad.pte", precision="pal4")
+        edge_ibtm.lower(plain, x[:1], tmp_path / "bad.pte", target="coreml_pte", precision="pal4")
     taken = extract_mlpackage(artifact.path, tmp_path / "out.mlpackage")
     assert package_facts(taken).operations["gelu"] == 1
     other = edge_ibtm.lower(nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4), tmp_path / "x.pte", target="xnnpack")
+    assert _usual_limits(other.path) == Limits()
     with pytest.raises(UsageError, match="no Core ML delegate"):
         extract_mlpackage(other.path, tmp_path / "no.mlpackage")
     (tmp_path / "noise.pte").write_bytes(b"not a program")

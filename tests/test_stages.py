@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,14 @@ REAL = {
 
 
 class Notes(Watch):
-    """Keeps what the user is told."""
+    """Keeps what the user is told, and which stages ran."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.ran: list[str] = []
+
+    def started(self, stage: str, reason: str) -> None:
+        self.ran.append(stage)
 
     def note(self, text: str) -> None:
         self.seen.append(text)
@@ -52,9 +55,20 @@ def test_real_stages_end_to_end(tmp_path: Path) -> None:
     (line,) = [text for text in notes.seen if "0.93 of the base" in text]
     assert re.search(r"stages\.2\.1\.sites\.0 keeps \d+ of 16 tokens \(keep ratio 0\.\d+\);", line)
     assert artifact.sqnr_db >= 80 and artifact.images == 12 and artifact.top1 == tuned.top1
-    again = time.monotonic()
-    assert pipeline.compress(parse_recipe(REAL), tmp_path).rows == report.rows
-    assert time.monotonic() - again < 30
+    assert "finetune" in notes.ran
+    again = Notes()
+    assert pipeline.compress(parse_recipe(REAL), tmp_path, watch=again).rows == report.rows
+    assert again.ran == []
+
+
+@pytest.mark.slow
+def test_a_core_ml_pte_is_evaluated_and_not_timed(tmp_path: Path) -> None:
+    wanted = {**REAL, "merge": {"keep_ratio": 0.7}, "lower": {"targets": ["coreml_pte"], "base": True}}
+    report = pipeline.compress(parse_recipe(wanted), tmp_path).require()
+    (row,) = report.rows[3:]
+    assert row.name == "merged.coreml_pte.fp16.pte" and row.subgraphs == 1 and row.images == 4
+    assert row.p50_ms is None and 30 < row.sqnr_db < 100
+    assert any("evaluated here on the first 4 held-out images" in note for note in report.notes)
 
 
 @pytest.mark.slow

@@ -59,11 +59,18 @@ def _coreml(model: Any, example: Any, path: Path, **options: Any) -> Artifact:
     return lower_coreml(model, example, path, given or CoreMLOptions(**options))
 
 
+def _coreml_pte(model: Any, example: Any, path: Path, **options: Any) -> Artifact:
+    from edge_ibtm.targets.coreml_pte import lower_coreml_pte
+
+    return lower_coreml_pte(model, example, path, **options)
+
+
 TARGETS: dict[str, Target] = {
     "xnnpack": Target("xnnpack", ".pte", _xnnpack, True, "CPU of Android, iOS and desktop (ExecuTorch)"),
     "portable": Target("portable", ".pte", _portable, True, "ExecuTorch's portable kernels, no delegate"),
     "vulkan": Target("vulkan", ".pte", _vulkan, False, "GPU of Android (ExecuTorch); lowered here, not run here"),
     "coreml": Target("coreml", ".mlpackage", _coreml, False, "Apple neural engine, GPU, CPU (Core ML)"),
+    "coreml_pte": Target("coreml_pte", ".pte", _coreml_pte, False, "Core ML as a delegate of ExecuTorch (iOS, macOS), fp16"),
     "torch": Target("torch", ".pt2", _torch, True, "torch.export program for PyTorch on CPU or CUDA"),
 }
 

@@ -88,7 +88,11 @@ class Backend:
 
 def lower_program(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, backend: Backend) -> Artifact:
     """Capture, lower, write: what every ExecuTorch target does. EdgeIBTMError when any step fails."""
-    program = capture(model, inputs, backend.further)
+    return lower_exported(capture(model, inputs, backend.further), path, backend)
+
+
+def lower_exported(program: torch.export.ExportedProgram, path: Path, backend: Backend) -> Artifact:
+    """Lower and write what was captured. EdgeIBTMError when either fails."""
     try:
         with backend.context():
             edge = backend.to_edge(program)

@@ -7,25 +7,18 @@ evaluator can run here what Core ML would run there. Inputs are normalised float
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
-from edge_ibtm.files import sha256_of, size_of
-from edge_ibtm.targets.common import (
-    Artifact,
-    check_example,
-    delegation,
-    first_line,
-    write_program,
-)
+from edge_ibtm.targets.common import Artifact, Backend, check_example, first_line, lower_exported
 from edge_ibtm.targets.coreml import DEPLOYMENT_TARGETS
 from edge_ibtm.targets.coreml_package import replacing, run_mlpackage
 from edge_ibtm.targets.coreml_tools import quiet_coremltools
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 BACKEND = "CoreMLBackend"
 PRECISIONS = {"fp16": "FLOAT16", "fp32": "FLOAT32"}
@@ -40,15 +33,15 @@ def lower_coreml_pte(
             f"a Core ML .pte takes precision {' or '.join(PRECISIONS)} and deployment "
             f"{', '.join(DEPLOYMENT_TARGETS)}; got {precision!r} and {deployment!r}"
         )
-    inputs, path = check_example(example), Path(path)
+    inputs = check_example(example)
     try:
-        with quiet_coremltools() as ct:
-            lowered, counts = _lowered(model, inputs, _compile_specs(ct, precision, deployment))
+        with torch.no_grad():
+            program = torch.export.export(model, inputs)
     except Exception as error:
-        raise EdgeIBTMError(f"lowering to a Core ML .pte failed: {first_line(error)}") from error
-    write_program(lowered, path)
-    subgraphs, delegated, left, left_out = counts
-    return Artifact(path, "coreml_pte", size_of(path), subgraphs, delegated, left, sha256_of(path), left_out)
+        raise EdgeIBTMError(f"torch.export for Core ML failed: {first_line(error)}") from error
+    with quiet_coremltools() as ct:
+        to_edge = partial(_to_edge, _compile_specs(ct, precision, deployment))
+        return lower_exported(program, Path(path), Backend("coreml_pte", to_edge))
 
 
 def _compile_specs(ct: Any, precision: str, deployment: str) -> list[Any]:
@@ -60,19 +53,11 @@ def _compile_specs(ct: Any, precision: str, deployment: str) -> list[Any]:
     )
 
 
-def _lowered(
-    model: nn.Module, inputs: tuple[torch.Tensor, ...], specs: list[Any]
-) -> tuple[Any, tuple[int, int, int, dict[str, int]]]:
-    """(ExecuTorch program, delegation counts)."""
-    import torch
+def _to_edge(specs: list[Any], program: torch.export.ExportedProgram) -> Any:
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    with torch.no_grad():
-        program = torch.export.export(model, inputs)
-    edge = to_edge_transform_and_lower(program, partitioner=[CoreMLPartitioner(compile_specs=specs)])
-    counts = delegation(edge.exported_program().graph_module)
-    return edge.to_executorch(), counts
+    return to_edge_transform_and_lower(program, partitioner=[CoreMLPartitioner(compile_specs=specs)])
 
 
 def extract_mlpackage(pte: str | Path, path: str | Path) -> Path:
@@ -112,7 +97,15 @@ def _unflatten(payload: bytes, path: Path) -> None:
             package.rename(temporary)
 
 
-def run_coreml_pte(path: str | Path, inputs: torch.Tensor) -> torch.Tensor:
-    """Logits [B, classes] of the package inside a Core ML `.pte` for normalised images [B, 3, H, W]."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_mlpackage(extract_mlpackage(path, Path(folder) / "inside.mlpackage"), inputs)
+class PackageInside:
+    """A Core ML `.pte` as a function: normalised images [B, 3, H, W] -> logits [B, classes] of the package inside it.
+
+    The package is taken out once, into a temporary folder that lives as long as the object.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="edge-ibtm-")
+        self._package = extract_mlpackage(path, Path(self._folder.name) / "inside.mlpackage")
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return run_mlpackage(self._package, images)

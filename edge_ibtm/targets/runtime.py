@@ -103,14 +103,24 @@ def check_inputs(method: Any, tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _load_hint(file: Path, error: RuntimeError) -> str:
+    backend = lacking_backend(file)
+    if backend is None:
+        return first_line(error)
+    return f"it needs {backend}, which this host's runtime lacks; run it on a device that has it"
+
+
+def lacking_backend(file: Path) -> str | None:
+    """The backend that a `.pte` names and this host's runtime lacks."""
     from executorch.runtime import Runtime
 
-    content = file.read_bytes()
-    here = Runtime.get().backend_registry
-    for backend in ("VulkanBackend", "CoreMLBackend", "QnnBackend", "XnnpackBackend"):
-        if backend.encode() in content and not here.is_available(backend):
-            return f"it needs {backend}, which this host's runtime lacks; run it on a device that has it"
-    return first_line(error)
+    content, here = file.read_bytes(), Runtime.get().backend_registry
+    known = ("VulkanBackend", "CoreMLBackend", "QnnBackend", "XnnpackBackend")
+    return next((name for name in known if name.encode() in content and not here.is_available(name)), None)
+
+
+def holds_coreml(path: Path) -> bool:
+    """Whether a `.pte` wants Core ML, which this host's runtime lacks."""
+    return lacking_backend(check_pte(path)) == "CoreMLBackend"
 
 
 def operators_of(path: Path) -> list[str]:
