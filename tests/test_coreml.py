@@ -163,9 +163,13 @@ def test_mac_path_feeds_images_of_bytes(packages, images) -> None:
     assert coreml_mac.row(table, NAMES).tolist() == [pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])]
 
 
-def test_model_is_left_as_it_was(vit, packages) -> None:
-    assert not [n for n, m in vit.named_modules() if "BytesIn" in type(m).__name__]
-    assert all(p.requires_grad for p in vit.parameters())
+def test_model_is_left_as_it_was(plain, images, tmp_path) -> None:
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    plain.train()
+    lower_coreml(plain, normalised(images[:1]), tmp_path / "m.mlpackage", CoreMLOptions("fp16", NAMES, MEAN, STD))
+    assert plain.training and all(p.requires_grad for p in plain.parameters())
+    plain.eval()
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
 
 
 def test_without_normalisation_the_input_is_a_tensor(plain, images, tmp_path) -> None:
