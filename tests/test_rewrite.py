@@ -297,3 +297,21 @@ def test_parameters_of_equal_content_stay_apart():
 
     program = export_rewritten(Model(), (torch.randn(2, 4),))
     assert sum(n.target is torch.ops.aten.linear.default for n in program.graph.nodes) == 2
+
+
+@torch.no_grad()
+def test_constants_that_are_written_in_place_are_folded_as_written():
+    options = {"img_size": 32, "embed_dim": 8, "depths": (2,), "num_heads": (2,), "window_size": 4}
+    model = shaken(timm.create_model("swin_tiny_patch4_window7_224", strict_img_size=False, **options)).eval()
+    x = torch.randn(1, 3, 32, 32)  # the blocks fill their masks in each forward
+    program = export_rewritten(model, (x,))
+    assert sqnr(model(x), program.module()(x)) >= 100
+    assert not any(n.op == "call_function" and n.target._schema.is_mutable for n in program.graph.nodes)
+
+
+@torch.no_grad()
+def test_a_vits_features_are_equal():
+    model = shaken(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, features_only=True)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    for wanted, got in zip(model(x), prepare_for_export(model)(x), strict=True):
+        assert sqnr(wanted, got) >= 100
