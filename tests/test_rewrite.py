@@ -299,14 +299,17 @@ def test_parameters_of_equal_content_stay_apart():
     assert sum(n.target is torch.ops.aten.linear.default for n in program.graph.nodes) == 2
 
 
-@torch.no_grad()
 def test_constants_that_are_written_in_place_are_folded_as_written():
-    options = {"img_size": 32, "embed_dim": 8, "depths": (2,), "num_heads": (2,), "window_size": 4}
-    model = shaken(timm.create_model("swin_tiny_patch4_window7_224", strict_img_size=False, **options)).eval()
-    x = torch.randn(1, 3, 32, 32)  # the blocks fill their masks in each forward
-    program = export_rewritten(model, (x,))
-    assert sqnr(model(x), program.module()(x)) >= 100
-    assert not any(n.op == "call_function" and n.target._schema.is_mutable for n in program.graph.nodes)
+    class Masked(nn.Module):  # as a Swin that takes images of any size makes its masks
+        def forward(self, x):
+            mask = torch.zeros(4)
+            mask[1:3] = 5.0
+            return x + mask
+
+    x = torch.randn(2, 4)
+    program = export_rewritten(Masked(), (x,))
+    assert torch.equal(program.module()(x), Masked()(x))
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [torch.ops.aten.add.Tensor]
 
 
 @torch.no_grad()
