@@ -35,14 +35,21 @@ def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int
     batches = [images_of(batch) for batch in calibration]
     if not batches:
         raise UsageError("quantization needs at least one calibration batch, got none")
+    sizes = {tuple(images.shape[1:]) for images in batches}
+    if len(sizes) > 1:
+        raise UsageError(f"calibration images are of several shapes, {sorted(sizes)}; give all in the one to be lowered")
     return convert(model, batches, **options)
 
 
 def images_of(batch: Any) -> torch.Tensor:
-    """The images of a calibration batch: the batch itself, or the first of a tuple."""
+    """The images of a calibration batch: the batch itself, or the first of a tuple. UsageError unless they can set ranges."""
     images = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(images, torch.Tensor):
         raise UsageError(f"a calibration batch must be a tensor of images, got {type(images).__name__}")
+    if images.ndim != 4 or images.numel() == 0:
+        raise UsageError(f"a calibration batch has shape {tuple(images.shape)}; give batches of images [B, 3, H, W]")
+    if not images.isfinite().all():
+        raise UsageError("a calibration batch holds NaN or infinity, which no range spans; leave those images out")
     return images
 
 
@@ -188,7 +195,8 @@ def _counts(limit: int) -> list[int]:
 def _auto(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     """The scheme that is nearer to float and the faster one for the model; `quantization` in its `meta` says which."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    linear = sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear)) / sum(m.weight.numel() for m in layers)
+    weights = sum(m.weight.numel() for m in layers)
+    linear = sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear)) / max(weights, 1)
     scheme = "int8_dynamic" if linear >= MOSTLY else "int8"
     graph: Any = SCHEMES[scheme](model, batches)
     graph.meta["quantization"] = f"{scheme}, as linear layers hold {linear:.0%} of the weights"

@@ -23,6 +23,8 @@ def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
 
     from edge_ibtm.rewrite_share import share
 
+    if _writes_constants(program):  # folding would take the value before it is written
+        program = program.run_decompositions({})
     drop_no_ops(program.graph_module)
     with torch.no_grad():
         program = constant_prop_pass(program)
@@ -30,6 +32,17 @@ def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
         program = share(program)
     fold_reshapes(program.graph_module)
     return program
+
+
+def _writes_constants(program: torch.export.ExportedProgram) -> bool:
+    """Whether an operator writes in place what was computed from no input, as a mask that is filled window by window."""
+    from edge_ibtm.rewrite_share import written_values
+
+    computed: set[Node] = set()
+    for node in program.graph.nodes:
+        if node.name in program.graph_signature.user_inputs or computed.intersection(node.all_input_nodes):
+            computed.add(node)
+    return any(node not in computed for node in written_values(program.graph))
 
 
 def own_constants(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

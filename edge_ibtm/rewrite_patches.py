@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from torch import nn
 
 
 class LinearPatches(nn.Module):
     """The equal of a timm PatchEmbed whose output has channels last: [B, C, H, W] -> [B, h * w, D] or [B, h, w, D]."""
+
+    dynamic_img_pad = False
+    dynamic_feat_size = PatchEmbed.dynamic_feat_size  # timm's `forward_intermediates` asks for it
 
     def __init__(self, embed: Any) -> None:
         super().__init__()

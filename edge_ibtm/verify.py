@@ -113,7 +113,14 @@ def _program_runner(path: Path) -> Any:
     except Exception as error:  # whatever the archive's reader says
         why = first_line(error)
         raise UsageError(f"{path} is no exported program (.pt2) that torch {torch.__version__} reads: {why}") from error
-    return lambda images: run_reference(module, images)
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        try:
+            return run_reference(module, images)
+        except (AssertionError, RuntimeError) as error:  # the guards that torch.export writes
+            raise UsageError(f"{path} does not take images of {list(images.shape)}: {first_line(error)}") from error
+
+    return run
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -136,6 +136,18 @@ def test_bad_requests(vit):
         quantize(model, [])
     with pytest.raises(UsageError, match="tensor of images"):
         quantize(model, [["cat.jpg"]])
+    with pytest.raises(UsageError, match=r"has shape \(3, 32, 32\); give batches of images \[B, 3, H, W\]"):
+        quantize(model, batches[0])
+    with pytest.raises(UsageError, match=r"has shape \(0, 3, 32, 32\)"):
+        quantize(model, [batches[0][:0]])
+    with pytest.raises(UsageError, match="NaN or infinity"):
+        quantize(model, [batches[0], batches[0] * float("nan")])
+    with pytest.raises(UsageError, match=r"several shapes, \[\(3, 32, 32\), \(3, 48, 48\)\]"):
+        quantize(model, [batches[0], torch.randn(1, 3, 48, 48)])
+
+
+def test_auto_takes_a_model_without_weights():
+    assert "int8" in quantize(nn.ReLU(), [torch.randn(1, 3, 4, 4)], scheme="auto").meta["quantization"]
 
 
 @pytest.mark.parametrize("pads", [[0, 0, 0, 2, 1, 0], [1, 2], [0, 0, 0, 0]])

@@ -297,3 +297,24 @@ def test_parameters_of_equal_content_stay_apart():
 
     program = export_rewritten(Model(), (torch.randn(2, 4),))
     assert sum(n.target is torch.ops.aten.linear.default for n in program.graph.nodes) == 2
+
+
+def test_constants_that_are_written_in_place_are_folded_as_written():
+    class Masked(nn.Module):  # as a Swin that takes images of any size makes its masks
+        def forward(self, x):
+            mask = torch.zeros(4)
+            mask[1:3] = 5.0
+            return x + mask
+
+    x = torch.randn(2, 4)
+    program = export_rewritten(Masked(), (x,))
+    assert torch.equal(program.module()(x), Masked()(x))
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [torch.ops.aten.add.Tensor]
+
+
+@torch.no_grad()
+def test_a_vits_features_are_equal():
+    model = shaken(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, features_only=True)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    for wanted, got in zip(model(x), prepare_for_export(model)(x), strict=True):
+        assert sqnr(wanted, got) >= 100

@@ -213,6 +213,8 @@ def test_portable_and_torch_targets_run(vit, tmp_path):
     for name, message in (("foreign", "no exported program"), ("none", "no such file")):
         with pytest.raises(UsageError, match=message):
             verify(model, tmp_path / f"{name}.pt2", x)
+    with pytest.raises(UsageError, match=r"p.pt2 does not take images of \[1, 3, 16, 16\]"):
+        runner_of(plain.path)(torch.randn(1, 3, 16, 16))
 
 
 @pytest.mark.parametrize("scheme", ["int8", pytest.param("int8_dynamic", marks=pytest.mark.slow)])
