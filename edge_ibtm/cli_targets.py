@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError, refuse
+from edge_ibtm.files import check_pte
 
 if TYPE_CHECKING:
     from torch import nn
@@ -243,7 +244,6 @@ def _verify_arch(arch: str, artifact: Path, images: Any, model: nn.Module | None
     from edge_ibtm.cli_probe import report
     from edge_ibtm.probe.emulated import verify_aarch64
     from edge_ibtm.probe.schema import ProbeRun
-    from edge_ibtm.targets.runtime import check_pte
 
     path = check_pte(artifact)
     expected = None

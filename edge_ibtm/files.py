@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,3 +58,25 @@ def size_of(path: Path) -> int:
     if path.is_dir():
         return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     return path.stat().st_size
+
+
+def check_pte(path: str | Path) -> Path:
+    """The path of what is a whole ExecuTorch program by its header (magic ET12, sizes in the `eh00` header).
+
+    Errors: UsageError when the file is missing, foreign or cut short.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"no such file: {file}; `edge-ibtm lower` or `compress` writes a .pte")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(64)
+    if head[4:6] != b"ET":
+        raise UsageError(f"{file} ({size} bytes) is not an ExecuTorch program: no ET magic; give a .pte file")
+    whole = 64
+    if head[8:12] == b"eh00" and len(head) >= 40:
+        length, program, segments, data = struct.unpack_from("<IQQQ", head + bytes(16), 12)
+        whole = max(program, segments + (data if length >= 32 else 0))
+    if size < whole:
+        raise UsageError(f"{file} is cut short: {size} of {whole} bytes; copy or lower it again")
+    return file

@@ -32,6 +32,8 @@ def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int
     "auto" (int8_dynamic for what is nearly all linear layers, as ViTs and Swins are, else int8).
     """
     convert = lookup("quantization scheme", scheme, SCHEMES)
+    if isinstance(calibration, torch.Tensor):
+        raise UsageError(f"calibration is one tensor {tuple(calibration.shape)}; give a list of batches, such as [images]")
     batches = [images_of(batch) for batch in calibration]
     if not batches:
         raise UsageError("quantization needs at least one calibration batch, got none")
@@ -46,8 +48,8 @@ def images_of(batch: Any) -> torch.Tensor:
     images = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(images, torch.Tensor):
         raise UsageError(f"a calibration batch must be a tensor of images, got {type(images).__name__}")
-    if images.ndim != 4 or images.numel() == 0:
-        raise UsageError(f"a calibration batch has shape {tuple(images.shape)}; give batches of images [B, 3, H, W]")
+    if images.numel() == 0:
+        raise UsageError(f"a calibration batch of shape {tuple(images.shape)} holds no image; leave it out")
     if not images.isfinite().all():
         raise UsageError("a calibration batch holds NaN or infinity, which no range spans; leave those images out")
     return images
@@ -57,8 +59,10 @@ def capture_graph(model: nn.Module, example: torch.Tensor) -> torch.fx.GraphModu
     """The rewritten model as a graph module, its operators not yet decomposed."""
     from edge_ibtm.rewrite import export_rewritten
     from edge_ibtm.rewrite_graph import pads_as_concatenations, split_silu
+    from edge_ibtm.targets.common import exporting
 
-    graph = export_rewritten(model, (example,)).module()
+    with exporting(model, (example,)):
+        graph = export_rewritten(model, (example,)).module()
     pads_as_concatenations(graph)
     split_silu(graph)
     return graph
@@ -161,6 +165,8 @@ def _mixed(
     """
     from edge_ibtm.quantize_sensitivity import Choice, affordable, sensitivity, sqnr_db
 
+    if not 0 <= most <= 1 or not min_sqnr < float("inf"):
+        raise UsageError(f"mixed precision with most={most}, min_sqnr={min_sqnr}: give a share of 0 to 1 and decibels")
     graph = capture_graph(model, batches[0])
     noise = sensitivity(graph, batches[0], quantizable, module_path)
     candidates = affordable(noise, most)

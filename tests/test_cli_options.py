@@ -81,7 +81,7 @@ def test_random_weights_are_told_and_the_same_again(
     monkeypatch.setattr("edge_ibtm.targets.lower", keep)
     monkeypatch.setattr(cli_targets, "_compare", keep)
     common = ["--model", "mobilevit_xxs", "--classes", "3", "--img-size", "64", "--keep-ratio", "0.7"]
-    for command in (["lower", "-o", "x.pte"], ["verify", "x.pte"]):
+    for command in (["lower", "-o", "x.pte"], ["verify", "x.pt2"]):
         torch.seed()
         with pytest.raises(SystemExit) as left:
             cli.main([*command, *common])

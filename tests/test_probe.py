@@ -90,7 +90,7 @@ def test_bad_files_are_named(files: Tiny, name: str, error: type[Exception], say
 
 
 def test_missing_and_empty_files(files: Tiny, tmp_path) -> None:
-    with pytest.raises(UsageError, match="no file"):
+    with pytest.raises(UsageError, match="no such file"):
         probe(tmp_path / "none.pte", files.example)
     (tmp_path / "empty.pte").write_bytes(b"")
     with pytest.raises(UsageError, match="0 bytes"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from edge_ibtm import insert_mergers
 from edge_ibtm.backbones import BACKBONES
-from edge_ibtm.errors import UsageError
+from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.quantize import _convert, _linear, capture_graph, quantize, quantizer
 from edge_ibtm.quantize_qat import quantize_qat
 from edge_ibtm.quantize_sensitivity import LayerNoise, affordable, fake_activation, fake_weight, sqnr_db
@@ -136,14 +136,20 @@ def test_bad_requests(vit):
         quantize(model, [])
     with pytest.raises(UsageError, match="tensor of images"):
         quantize(model, [["cat.jpg"]])
-    with pytest.raises(UsageError, match=r"has shape \(3, 32, 32\); give batches of images \[B, 3, H, W\]"):
+    with pytest.raises(UsageError, match=r"one tensor \(\d+, 3, 32, 32\); give a list of batches"):
         quantize(model, batches[0])
-    with pytest.raises(UsageError, match=r"has shape \(0, 3, 32, 32\)"):
+    with pytest.raises(UsageError, match=r"of shape \(0, 3, 32, 32\) holds no image"):
         quantize(model, [batches[0][:0]])
     with pytest.raises(UsageError, match="NaN or infinity"):
         quantize(model, [batches[0], batches[0] * float("nan")])
     with pytest.raises(UsageError, match=r"several shapes, \[\(3, 32, 32\), \(3, 48, 48\)\]"):
         quantize(model, [batches[0], torch.randn(1, 3, 48, 48)])
+
+
+    with pytest.raises(EdgeIBTMError, match=r"torch.export of \w+ on \(1, 2, 32, 32\) failed"):
+        quantize(model, [torch.randn(1, 2, 32, 32)])
+    with pytest.raises(UsageError, match="most=2, min_sqnr=30"):
+        quantize(model, batches, scheme="mixed", most=2)
 
 
 def test_auto_takes_a_model_without_weights():

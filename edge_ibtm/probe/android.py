@@ -21,7 +21,7 @@ from edge_ibtm.errors import DeviceError, UsageError
 from edge_ibtm.files import sha256_of
 from edge_ibtm.probe.adb import Adb, ConnectionLost, choose_device
 from edge_ibtm.probe.android_files import Store
-from edge_ibtm.probe.host import Execution, check_pte, run_files
+from edge_ibtm.probe.host import Execution, check_file, run_files
 from edge_ibtm.probe.job import Outcome, read_text, run_job, stop
 from edge_ibtm.probe.loop import LEAST_SAMPLES, ProbeOptions
 from edge_ibtm.probe.phone import Condition, Phone, choose_cores, read_condition, read_phone, wait_until_cool
@@ -75,7 +75,7 @@ def probe_android(
     """
     files = [Path(path).resolve() for path in paths]
     for file in files:
-        check_pte(file)
+        check_file(file)
     foreign = options.runner is not None and options.runner.is_file()
     if foreign and (options.cores != "all" or options.loop.profile):
         raise UsageError(f"--cores and --profile are for our runner bundle, not for a program such as {options.runner}")

@@ -6,7 +6,6 @@ import json
 import platform
 import re
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.files import check_pte
 from edge_ibtm.probe import facts
 from edge_ibtm.probe.loop import ProbeOptions
 from edge_ibtm.probe.results import latency_of, ratios, unique_labels
@@ -30,27 +30,11 @@ _TELLING = re.compile(
 )
 
 
-def check_pte(path: Path) -> None:
-    """UsageError unless `path` is a whole ExecuTorch program by its header (magic ET12, sizes from the `eh00`
-    header).
-    """
+def check_file(path: Path) -> None:
+    """UsageError unless `path` is a whole program that a runtime of ExecuTorch may be given."""
     if path.suffix == ".mlpackage":
         raise UsageError(f"{path} runs on Apple devices: `--device mac` or ios; `edge-ibtm verify` evaluates it here")
-    if not path.is_file():
-        raise UsageError(f"no file {path}; lower a model first: `edge-ibtm compress --model M` or `edge_ibtm.lower`")
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        head = handle.read(64)
-    if len(head) < 8 or head[4:6] != b"ET":
-        raise UsageError(f"{path} ({size} bytes) is not an ExecuTorch program: no ET magic; give a .pte file")
-    if head[8:12] == b"eh00" and len(head) >= 40:
-        program, segments, data = struct.unpack_from("<QQQ", head + bytes(16), 16)
-        length = struct.unpack_from("<I", head, 12)[0]
-        whole = max(program, segments + (data if length >= 32 else 0))
-        if size < whole:
-            raise UsageError(f"{path} is cut short: {size} of {whole} bytes; copy or lower it again")
-    elif size < 64:
-        raise UsageError(f"{path} is cut short: {size} bytes; copy or lower it again")
+    check_pte(path)
 
 
 @dataclass(frozen=True)
@@ -115,7 +99,7 @@ def _ask_child(
 ) -> tuple[dict[str, Any], list[Execution], Sequence[Profile | None]]:
     """The child's answer, each file's inputs and outputs, and its profile. options None: run once, untimed."""
     for file in files:
-        check_pte(file)
+        check_file(file)
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}; give 1 or more")
     import torch

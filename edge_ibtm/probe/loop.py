@@ -31,7 +31,7 @@ class ProbeOptions:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "profile" and (value < 0 or (name in ("samples", "timeout") and value < 1)):
+            if name != "profile" and not value >= (1 if name in ("samples", "timeout") else 0):
                 raise UsageError(f"probe option {name} = {value} makes no sense; give a positive number")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,21 @@ def capture(
     from edge_ibtm.rewrite import export_rewritten
     from edge_ibtm.rewrite_graph import own_constants
 
-    try:
+    with exporting(model, inputs):
         if not is_captured(model):
             return own_constants(export_rewritten(model, inputs, further))
         with torch.no_grad():
             return own_constants(torch.export.export(model, inputs))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+
+
+@contextmanager
+def exporting(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """What torch.export, or the model on `inputs`, complains about, as one line that names both. Errors: EdgeIBTMError."""
+    try:
+        yield
+    except EdgeIBTMError:
+        raise
+    except Exception as error:  # a model may raise anything
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise EdgeIBTMError(f"torch.export of {type(model).__name__} on {shapes} failed: {first_line(error)}") from error
 

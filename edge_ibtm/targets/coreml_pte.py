@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
-from edge_ibtm.targets.common import Artifact, Backend, check_example, first_line, lower_exported
+from edge_ibtm.files import check_pte
+from edge_ibtm.targets.common import Artifact, Backend, check_example, exporting, first_line, lower_exported
 from edge_ibtm.targets.coreml import DEPLOYMENT_TARGETS
 from edge_ibtm.targets.coreml_package import replacing, run_mlpackage
 from edge_ibtm.targets.coreml_tools import quiet_coremltools
@@ -34,11 +35,8 @@ def lower_coreml_pte(
             f"{', '.join(DEPLOYMENT_TARGETS)}; got {precision!r} and {deployment!r}"
         )
     inputs = check_example(example)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(model, inputs)
-    except Exception as error:
-        raise EdgeIBTMError(f"torch.export for Core ML failed: {first_line(error)}") from error
+    with exporting(model, inputs), torch.no_grad():
+        program = torch.export.export(model, inputs)
     with quiet_coremltools() as ct:
         to_edge = partial(_to_edge, _compile_specs(ct, precision, deployment))
         return lower_exported(program, Path(path), Backend("coreml_pte", to_edge))
@@ -67,9 +65,7 @@ def extract_mlpackage(pte: str | Path, path: str | Path) -> Path:
     """
     from executorch.exir._serialize._program import _extract_delegate_payload
 
-    pte, path = Path(pte), Path(path)
-    if not pte.is_file():
-        raise UsageError(f"no such file: {pte}")
+    pte, path = check_pte(pte), Path(path)
     try:
         payloads = [_extract_delegate_payload(pte.read_bytes(), BACKEND, i) for i in range(2)]
     except Exception as error:

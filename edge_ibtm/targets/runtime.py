@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.files import check_pte
 from edge_ibtm.scalar_types import SCALAR_TYPES
 from edge_ibtm.targets.common import check_example, first_line
 
@@ -67,26 +68,6 @@ def load_pte(path: str | Path, threads: int | None = None) -> Loaded:
     except RuntimeError as error:
         raise UsageError(f"{file} cannot be loaded: {_load_hint(file, error)}") from error
     return Loaded(program)
-
-
-def check_pte(path: str | Path) -> Path:
-    """The path of what is a whole `.pte` by its header; UsageError if it is missing, foreign or truncated."""
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"no such file: {file}")
-    with file.open("rb") as stream:
-        head = stream.read(64)
-    if len(head) < 32 or head[4:6] != b"ET":
-        raise UsageError(f"{file} is not an ExecuTorch program (.pte): its header reads {head[4:8]!r}, not b'ET12'")
-    if head[8:10] == b"eh":
-        length = int.from_bytes(head[12:16], "little")
-        program = int.from_bytes(head[16:24], "little")
-        segments = int.from_bytes(head[24:32], "little")
-        tail = int.from_bytes(head[32:40], "little") if length >= 32 else 0
-        needed = segments + tail if segments else program
-        if file.stat().st_size < needed:
-            raise UsageError(f"{file} is truncated: {file.stat().st_size} bytes of {needed}; lower the model again")
-    return file
 
 
 def check_inputs(method: Any, tensors: Sequence[torch.Tensor]) -> None:
