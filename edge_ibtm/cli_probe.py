@@ -233,7 +233,8 @@ def _latency_lines(result: Latency) -> list[str]:
     apart = [
         ("load", result.load_ms, "ms"),
         ("first run", result.first_ms, "ms"),
-        ("peak RSS", result.peak_rss_mb, "MB"),
+        ("memory added", result.rss_growth_mb, "MB"),
+        ("peak RSS of the process", result.peak_rss_mb, "MB"),
     ]
     known = [f"{name} {value:.1f} {unit}" for name, value, unit in apart if value is not None]
     if known:

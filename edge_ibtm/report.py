@@ -48,7 +48,7 @@ class Row:
     p99_ms: float | None = None
     load_ms: float | None = None
     first_ms: float | None = None
-    peak_rss_mb: float | None = None
+    rss_growth_mb: float | None = None
     speedup: float | None = None
 
 
@@ -124,7 +124,7 @@ def _probed(done: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
     if "probe" not in done:
         return {}
     record = done["probe"].record
-    keys = ("p50_ms", "p90_ms", "p99_ms", "load_ms", "first_ms", "peak_rss_mb")
+    keys = ("p50_ms", "p90_ms", "p99_ms", "load_ms", "first_ms", "rss_growth_mb")
     found = {name: {k: result.get(k) for k in keys} for name, result in zip(record["names"], record["run"]["results"])}
     if record["names"][0].startswith("base."):
         for name, ratio in zip(record["names"][1:], record["run"]["ratios"]):

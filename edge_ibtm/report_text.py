@@ -71,14 +71,14 @@ def markdown(values: Mapping[str, Any]) -> str:
         for g in values["gates"]
     ]
     latency = [
-        [r["name"], *(_number(r[k], 2) for k in ("load_ms", "first_ms", "p50_ms", "p90_ms", "p99_ms", "peak_rss_mb"))]
+        [r["name"], *(_number(r[k], 2) for k in ("load_ms", "first_ms", "p50_ms", "p90_ms", "p99_ms", "rss_growth_mb"))]
         for r in values["rows"]
         if r["p50_ms"] is not None
     ]
     parts = [f"# {values['model']}: {verdict}", table_block(values)]
     parts += ["## Gates", markdown_table(("gate", "value", "limit", "met"), gates)]
     if latency:
-        head = ("artifact", "load ms", "first run ms", "p50 ms", "p90 ms", "p99 ms", "peak memory MB")
+        head = ("artifact", "load ms", "first run ms", "p50 ms", "p90 ms", "p99 ms", "memory of load and first run MB")
         parts += ["## Latency", markdown_table(head, latency)]
     parts += ["## Artifacts", _artifacts(values)]
     parts += ["## Made with", f"edge_ibtm {values['edge_ibtm']}, {values['libraries']}"]
