@@ -17,7 +17,7 @@ from phone_models import Tiny, tiny
 from pydantic import ValidationError
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
-from edge_ibtm.probe import Device, Emulated, Latency, ProbeOptions, facts, probe, probe_many, read_results
+from edge_ibtm.probe import Device, Emulated, Latency, ProbeOptions, facts, host, probe, probe_many, read_results
 from edge_ibtm.probe.host import run_files
 from edge_ibtm.probe.loop import sample_rounds, warm_up
 from edge_ibtm.probe.schema import json_schema
@@ -250,3 +250,22 @@ def test_the_generation_of_a_cpu_is_told(text, name, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(facts, "_CPUINFO", tmp_path / "cpuinfo")
     assert facts.cpu_model() == name
+
+
+def test_other_processes_are_told_where_they_took_a_tenth_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "usable_cores", lambda: 2)
+    start = {"cpu": (100.0, 50.0, 7.0)}
+    assert host._busy_note(start, {"cpu": (110.0, 70.0, 26.0)}) == ()  # 20 s of CPU, 19 of them its own
+    (note,) = host._busy_note(start, {"cpu": (110.0, 70.0, 17.0)})
+    assert note.startswith("other processes kept 1.0 of 2 cores busy")
+    assert host._busy_note({"cpu": None}, {"cpu": None}) == ()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
+def test_cpu_seconds_of_the_machine_hold_those_of_this_process() -> None:
+    before = facts.cpu_seconds()
+    sum(i * i for i in range(3_000_000))
+    after = facts.cpu_seconds()
+    assert before and after
+    clock, machine, own = (b - a for a, b in zip(before, after))
+    assert own > 0.05 and machine > own - 0.05 and clock > own - 0.05

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,5 +112,22 @@ def _read(path: Path) -> str:
 
 
 def condition() -> dict[str, Any]:
-    """What a latency may depend on at this moment: load average, clocks in MHz, temperatures in Celsius."""
-    return {"load": load_average(), "mhz": cpu_mhz(), "thermal": thermal_c()}
+    """What a latency may depend on at this moment: load average, clocks in MHz, temperatures in Celsius, CPU seconds."""
+    return {"load": load_average(), "mhz": cpu_mhz(), "thermal": thermal_c(), "cpu": cpu_seconds()}
+
+
+def cpu_seconds() -> tuple[float, float, float] | None:
+    """Seconds until now: of the clock, of CPU that the whole machine spent, of CPU that this process spent; None off Linux."""
+    first = _read(Path("/proc/stat")).partition("\n")[0].split()
+    if first[:1] != ["cpu"]:
+        return None
+    user, nice, system, _idle, _wait, *interrupts = (int(ticks) for ticks in first[1:9])
+    return time.monotonic(), (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+def others_cores(before: Sequence[float] | None, after: Sequence[float] | None) -> float | None:
+    """How many cores other processes kept busy between two readings of `cpu_seconds`."""
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    clock, machine, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, (machine - own) / clock)
