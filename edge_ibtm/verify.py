@@ -67,8 +67,8 @@ def verify(
         raise UsageError(f"nothing to compare on: inputs of {shapes}; give at least one image")
     run = runner_of(path, isolated=isolated)
     with torch.no_grad():
+        got = run(torch.cat(batches))  # first: it says which shape it takes
         wanted = torch.cat([run_reference(reference, batch) for batch in batches])
-        got = run(torch.cat(batches))
     return compare_outputs(wanted, got, limits or Limits())
 
 

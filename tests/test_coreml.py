@@ -186,6 +186,8 @@ def test_pte_carries_the_package(plain, images, tmp_path) -> None:
     assert _usual_limits(artifact.path) == Limits(None, sqnr_median_db=40, top1_agreement=0.98)
     verdict = edge_ibtm.verify(plain, artifact, x, limits=Limits(sqnr_db=40), isolated=True)
     assert verdict.require().samples == 4
+    with pytest.raises(UsageError, match=r"m\.pte takes images \[1, 3, 32, 32\], got \[1, 3, 16, 16\]"):
+        edge_ibtm.verify(plain, artifact, x[:1, :, :16, :16])
     with pytest.raises(UsageError, match="precision fp16 or fp32"):
         edge_ibtm.lower(plain, x[:1], tmp_path / "bad.pte", target="coreml_pte", precision="pal4")
     taken = extract_mlpackage(artifact.path, tmp_path / "out.mlpackage")

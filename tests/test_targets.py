@@ -125,6 +125,8 @@ def test_bad_files_and_inputs(lowered, tmp_path):
         lower(nn.Linear(2, 2), [[1.0]], tmp_path / "x.pte")
     with pytest.raises(UsageError, match="xnnpack"):
         lower(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / "x.pte", target="xnpack")
+    with pytest.raises(UsageError, match="the artifact takes"):  # not what the model says of them
+        verify(nn.Linear(9, 9), lowered.path, x[..., :31])
     with pytest.raises(UsageError, match=r"\.pte, \.pt2 or \.mlpackage"):
         verify(nn.Identity(), tmp_path / "x.onnx", x)
 

@@ -100,8 +100,12 @@ class PackageInside:
     """
 
     def __init__(self, path: str | Path) -> None:
+        self._path = path
         self._folder = tempfile.TemporaryDirectory(prefix="edge-ibtm-")
         self._package = extract_mlpackage(path, Path(self._folder.name) / "inside.mlpackage")
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return run_mlpackage(self._package, images)
+        try:
+            return run_mlpackage(self._package, images)
+        except UsageError as error:
+            raise UsageError(str(error).replace(str(self._package), str(self._path))) from None
