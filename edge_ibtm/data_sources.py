@@ -168,7 +168,7 @@ def _stream_source(dataset: Any, name: str, limit: int | None, names: tuple[str,
     held = []
     try:
         for image, label in islice(iter(dataset), limit):
-            held.append((image.convert("RGB"), int(label)))
+            held.append((_rgb(image), int(label)))
     except (OSError, SyntaxError, ValueError) as err:
         raise UsageError(f"image {len(held)} of {name} cannot be read ({_first_line(err)}): repair or remove it") from None
     if not held:
@@ -208,12 +208,19 @@ def _wrap(dataset: Any, class_names: tuple[str, ...], name: str) -> Source:
             image, label = (reader[index] if reader is not None else dataset[index])[:2]
             if not isinstance(image, pil.Image):
                 with pil.open(image) as opened:
-                    image = opened.convert("RGB")
-            return image.convert("RGB"), int(label)
+                    return _rgb(opened), int(label)
+            return _rgb(image), int(label)
         except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as err:
             raise UsageError(f"image {name_of(index)} cannot be read ({_first_line(err)}): repair or remove it") from None
 
     return Source(len(dataset), class_names, read, name_of)
+
+
+def _rgb(image: Image) -> Image:
+    """An image in RGB; ValueError where that would cut values off at 255, as Pillow does with wider ones."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"mode {image.mode} has more than 8 bits a pixel, which RGB would cut off; save it with 8 bits")
+    return image.convert("RGB")
 
 
 def _first_line(err: BaseException) -> str:

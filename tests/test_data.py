@@ -88,6 +88,13 @@ def test_corrupt_image_is_named(tmp_path: Path) -> None:
         load_data(small(folder), VIEW)
 
 
+def test_an_image_that_rgb_would_cut_off_is_refused(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "d")
+    Image.new("I;16", (8, 8), 40_000).save(folder / "bee" / "3.png")
+    with pytest.raises(UsageError, match=r"bee/3\.png cannot be read \(mode I;16 has more than 8 bits"):
+        load_data(small(folder), VIEW)
+
+
 def test_unreadable_data_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_images(tmp_path / "one", ("ant",))
