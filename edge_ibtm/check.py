@@ -26,7 +26,7 @@ ADVICE = {
     "native_layer_norm": "a layer norm over several axes stays outside: normalise one axis",
     "native_group_norm": "a group norm with more than one group stays outside",
     "scaled_dot_product": "fused attention is not delegated: use edge_ibtm.rewrite's split attention",
-    "grid_sampler": "no kernel for grid_sample: resize bilinearly",
+    "grid_sampler": "grid_sample leaves the delegate: resize bilinearly",
 }
 
 
