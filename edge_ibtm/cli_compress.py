@@ -107,7 +107,8 @@ def choose_recipe(options: dict[str, str], recipe: str | None, overrides: list[s
     from edge_ibtm.config import parse_recipe
     from edge_ibtm.recipe import apply_overrides, find_recipe, give_way, read_yaml, recipe_for
 
-    name = options.get("model", "mobilevit_s")
+    named = [o.partition("=")[2].strip() for o in overrides if o.startswith("model.name=")]
+    name = options.get("model") or (named or ["mobilevit_s"])[-1]
     own_data = "data" in options or any(o.startswith("data.source=") for o in overrides)
     if recipe is not None:
         path = find_recipe(recipe)

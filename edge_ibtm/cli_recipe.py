@@ -27,9 +27,9 @@ def ls() -> None:
 @recipe_app.command("cat")
 def cat(name: Annotated[str, typer.Argument(help="name of `recipe ls`, or a file")]) -> None:
     """Print a recipe as it stands in its file."""
-    from edge_ibtm.recipe import find_recipe
+    from edge_ibtm.recipe import find_recipe, read_text
 
-    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(read_text(find_recipe(name)), nl=False)
 
 
 @recipe_app.command("validate")

@@ -21,7 +21,7 @@ Weight = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """A part of a recipe; unknown keys are faults and values do not change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -47,6 +47,13 @@ class AugmentSection(Section):
     color_jitter: Weight = 0.0
     auto_augment: str | None = Field(default=None, description="RandAugment as timm spells it, e.g. rand-m9-mstd0.5-inc1")
     re_prob: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="random erasing")
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"give two positive numbers, the smaller first, not {list(value)}")
+        return value
 
 
 class DataSection(Section):

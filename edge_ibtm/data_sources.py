@@ -102,7 +102,7 @@ def _listing(root: Path) -> list[tuple[str, int, int]]:
     for folder, _, files in os.walk(root, followlinks=True):
         for name in files:
             path = os.path.join(folder, name)
-            stat = os.stat(path)
+            stat = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing is named when it is read
             found.append((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns))
     return sorted(found)
 
@@ -131,11 +131,9 @@ def _folder_source(spec: DataSection, root: Path, names: tuple[str, ...] | None 
 def _same_classes(root: Path, names: tuple[str, ...]) -> None:
     if not root.is_dir():
         return
-    unknown = sorted({p.name for p in root.iterdir() if p.is_dir()} - set(names))
-    if unknown:
-        raise UsageError(
-            f"data {str(root)!r} has {len(unknown)} classes that the training images do not have, e.g. {unknown[0]!r}"
-        )
+    folders = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    if unknown := sorted(folders - set(names)):
+        raise UsageError(f"data {str(root)!r} has classes that the training images do not have: {', '.join(unknown[:5])}")
 
 
 def _timm_source(spec: DataSection, split: str, names: tuple[str, ...] | None = None) -> Source:

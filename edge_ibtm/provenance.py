@@ -61,7 +61,7 @@ def _origin(run: Path, stage: str, precision: str, report: dict[str, Any], count
     from edge_ibtm.verify import Limits
 
     recipe, record = Recipe.model_validate(report["recipe"]), report["stages"][stage]
-    entry = _entry_folder(run, stage, record)
+    entry = _entry_folder(run, stage, report)
     if stage == "quantize":
         reference = load_converted(entry / CONVERTED)
     else:
@@ -72,12 +72,12 @@ def _origin(run: Path, stage: str, precision: str, report: dict[str, Any], count
     return Origin(reference, images, stage, Limits(**limits_of(recipe.verify, precision)))
 
 
-def _entry_folder(run: Path, stage: str, record: dict[str, Any]) -> Path:
-    """The finished stage whose record the report holds."""
-    for folder in sorted((run / "stages").glob(f"{stage}-*")):
-        entry = folder / "entry.json"
-        if entry.is_file() and json.loads(entry.read_text(encoding="utf-8"))["record"] == record:
-            return folder
+def _entry_folder(run: Path, stage: str, report: dict[str, Any]) -> Path:
+    """The finished stage that the report names."""
+    folder = run / "stages" / report.get("entries", {}).get(stage, "")
+    entry = folder / "entry.json"
+    if entry.is_file() and json.loads(entry.read_text(encoding="utf-8"))["record"] == report["stages"][stage]:
+        return folder
     raise UsageError(
         f"the model of stage {stage} is no longer under {run / 'stages'}; run compress again, or give --model"
     )

@@ -48,7 +48,7 @@ def find_recipe(name: str) -> Path:
 
 def head(path: Path) -> str:
     """The comment lines a recipe begins with: what it is for, what it costs, its command."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     kept = []
     for line in lines:
         if not line.startswith("#"):
@@ -57,16 +57,34 @@ def head(path: Path) -> str:
     return "\n".join(kept)
 
 
+def read_text(path: Path) -> str:
+    """What a recipe file says. Errors: UsageError when it cannot be read, or is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise UsageError(f"{path}: cannot be read: {err}") from None
+
+
+class _OnceEach(yaml.SafeLoader):
+    """YAML in which no key stands twice in a mapping: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here again", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Parse one YAML file into a mapping. Errors: UsageError with line and column."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(read_text(path), Loader=_OnceEach)
     except yaml.YAMLError as err:
         mark = getattr(err, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
         raise UsageError(f"{path}: not valid YAML at {where}: {getattr(err, 'problem', err)}") from None
-    except (OSError, UnicodeDecodeError) as err:
-        raise UsageError(f"{path}: cannot be read: {err}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

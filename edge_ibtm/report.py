@@ -94,6 +94,7 @@ def build_report(recipe: Recipe, done: Mapping[str, Entry], products: list[Any],
         "artifacts": [_artifact_figures(p, done, folder) for p in products],
         "probe": done["probe"].record["run"] if "probe" in done else None,
         "stages": {n: e.record for n, e in done.items() if n in EAGER},
+        "entries": {n: e.path.name for n, e in done.items() if n in EAGER},
         "recipe": recipe.model_dump(mode="json"),
     }
     return Report(recipe.model.name, rows, all_gates(recipe, done, products), _notes(done, products), figures)

@@ -68,6 +68,9 @@ def test_list_shows_models_mergers_targets(capsys: pytest.CaptureFixture[str]) -
         (["--keep-ratio", "many"], "merge.keep_ratio"),
         (["--keep-ratio", "1.2", "--epochs", "-1"], "2 faults"),
         (["merge.kep=1"], "unknown key"),
+        (["data.augment.scale=[2,1]"], "the smaller first, not [2.0, 1.0]"),
+        (["finetune.lr=.inf", "verify.fp32_sqnr_db=.nan"], "2 faults"),
+        (["--out", f"{__file__}/sub"], "test_cli.py is a file; give the name of a folder"),
         (["--recipe", "nothing_like_it"], "no recipe"),
         (["--data", "/no/such/folder"], "no data at '/no/such/folder'"),
         (["--weights", "/no/such.pth"], "no weights file"),
@@ -82,7 +85,7 @@ def test_list_shows_models_mergers_targets(capsys: pytest.CaptureFixture[str]) -
 def test_bad_requests_exit_2_with_one_message(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = run("compress", *arguments, "--out", str(tmp_path / "run"), capsys=capsys)
+    code, _, err = run("compress", "--out", str(tmp_path / "run"), *arguments, capsys=capsys)
     assert code == 2 and message in err and "Traceback" not in err
 
 
@@ -120,6 +123,7 @@ def test_options_become_recipe_values() -> None:
     assert chosen.model.img_size is not None and "demo" in why
     own, why = choose_recipe({"model": "mobilevit_s", "data": "folder"}, None, [])
     assert own.model.img_size is None and "general settings" in why
+    assert choose_recipe({}, None, ["model.name=efficientvit_b1"])[1].startswith("recipe efficientvit_b1.yaml")
     budget, _ = choose_recipe({"macs": "0.8"}, "mobilevit_s", [])
     assert budget.merge.macs == 0.8, "it takes the place of the recipe's keep_ratio"
     with pytest.raises(UsageError, match=r"merge\.macs is 0\.8 and merge\.keep_ratio is 0\.5"):

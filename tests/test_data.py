@@ -69,8 +69,22 @@ def test_own_test_split_is_used_and_shares_labels(tmp_path: Path) -> None:
 def test_test_classes_that_training_lacks_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "train")
     write_images(tmp_path / "val", ("ant", "cow"), 1)
-    with pytest.raises(UsageError, match="'cow'"):
+    (tmp_path / "val" / ".cache").mkdir()
+    with pytest.raises(UsageError, match="do not have: cow$"):
         load_data(small(tmp_path), VIEW)
+    (tmp_path / "val" / "cow").rename(tmp_path / "val" / "bee")
+    assert load_data(small(tmp_path), VIEW).class_names == ("ant", "bee")
+
+
+def test_a_link_to_nothing_stops_only_where_it_is_an_image(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "d")
+    before = fingerprint(small(folder))
+    (folder / "readme.txt").symlink_to("gone")
+    assert fingerprint(small(folder)) != before and load_data(small(folder), VIEW).class_names == ("ant", "bee")
+    (folder / "bee" / "3.png").unlink()
+    (folder / "bee" / "3.png").symlink_to("gone")
+    with pytest.raises(UsageError, match=r"bee/3\.png cannot be read"):
+        load_data(small(folder), VIEW)
 
 
 def test_tar_of_class_folders(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ SPEC = ModelSpec("mobilevit_xxs", 10, 64, MergeSpec("tome", 0.7))
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """What `compress` leaves behind, as far as verify reads it: a report and two fine-tuned models, one outdated."""
+    """What `compress` leaves behind, as far as verify reads it: a report and two fine-tuned models, and the models of
+    two fine-tunings that came out with the same figures."""
     record = {"spec": SPEC.to_json(), "top1": 50.0}
     recipe = Recipe.model_validate({"model": {"name": "mobilevit_xxs", "img_size": 64}, "verify": {"images": 3}})
     package = tmp_path / "merged.coreml.fp16.mlpackage"
@@ -29,8 +30,9 @@ def run(tmp_path: Path) -> Path:
         "path": f"elsewhere/{package.name}", "from_stage": "finetune", "precision": "fp16", "sha256": sha256_of(package)
     }  # fmt: skip
     report = {"recipe": recipe.model_dump(mode="json"), "stages": {"finetune": record}, "artifacts": [artifact]}
+    report["entries"] = {"finetune": "finetune-bbb"}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    for name, held in (("finetune-aaa", {**record, "top1": 10.0}), ("finetune-bbb", record)):
+    for name, held in (("finetune-aaa", record), ("finetune-bbb", record)):
         folder = tmp_path / "stages" / name
         folder.mkdir(parents=True)
         (folder / "entry.json").write_text(json.dumps({"record": held}))
