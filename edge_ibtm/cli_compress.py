@@ -107,9 +107,9 @@ def choose_recipe(options: dict[str, str], recipe: str | None, overrides: list[s
     from edge_ibtm.config import parse_recipe
     from edge_ibtm.recipe import apply_overrides, find_recipe, give_way, read_yaml, recipe_for
 
-    named = [o.partition("=")[2].strip() for o in overrides if o.startswith("model.name=")]
-    name = options.get("model") or (named or ["mobilevit_s"])[-1]
-    own_data = "data" in options or any(o.startswith("data.source=") for o in overrides)
+    typed = {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in overrides)}
+    name = options.get("model", typed.get("model.name", "mobilevit_s"))
+    own_data = "data" in options or "data.source" in typed
     if recipe is not None:
         path = find_recipe(recipe)
         why = f"recipe {path}"

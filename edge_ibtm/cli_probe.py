@@ -88,8 +88,8 @@ def run(settings: Settings) -> ProbeRun:
 
 def _refuse_idle(settings: Settings, place: str, what: str) -> None:
     """UsageError that names the options given that mean nothing where the probe takes place."""
-    idle = [name for name, places in _MEANT_FOR.items() if place not in places]
-    given = {name: getattr(settings, name) for name in idle if getattr(settings, name) != getattr(Settings(), name)}
+    usual, idle = Settings(), [name for name, places in _MEANT_FOR.items() if place not in places]
+    given = {name: value for name in idle if (value := getattr(settings, name)) != getattr(usual, name)}
     typed = {_OPTIONS.get(name, f"--{name.replace('_', '-')}"): value for name, value in given.items()}
     hint = "; `edge-ibtm verify FILE --model NAME` compares outputs on this host" if settings.expected else ""
     refuse(typed, f"no meaning for {what}; leave it out{hint}")

@@ -102,7 +102,10 @@ def _listing(root: Path) -> list[tuple[str, int, int]]:
     for folder, _, files in os.walk(root, followlinks=True):
         for name in files:
             path = os.path.join(folder, name)
-            stat = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing is named when it is read
+            try:
+                stat = os.stat(path)
+            except FileNotFoundError:  # a link to nothing; if it is an image, reading names it
+                stat = os.lstat(path)
             found.append((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns))
     return sorted(found)
 

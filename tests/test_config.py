@@ -67,6 +67,9 @@ def test_yaml_faults_name_the_line(tmp_path: Path) -> None:
     file.write_text("merge: {keep_ratio: 0.5}\nseed: 3\nmerge: {merger: tome}\n")
     with pytest.raises(UsageError, match="line 3, column 1: 'merge' stands here again"):
         load_recipe(file)
+    file.write_text("? [a, b]\n: 1\n")
+    with pytest.raises(UsageError, match="line 1, column 3: found unhashable key"):
+        load_recipe(file)
     file.write_bytes(b"\xff\xfe")
     for reader in (load_recipe, head):
         with pytest.raises(UsageError, match="cannot be read"):

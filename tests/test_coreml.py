@@ -181,7 +181,10 @@ def test_without_normalisation_the_input_is_a_tensor(plain, images, tmp_path) ->
 
 def test_pte_carries_the_package(plain, images, tmp_path) -> None:
     x = normalised(images[:4])
-    artifact = edge_ibtm.lower(plain, x[:1], tmp_path / "m.pte", target="coreml_pte")
+    training = nn.Sequential(plain, nn.Dropout(0.9)).train()  # an artifact is for inference whatever the model's mode
+    artifact = edge_ibtm.lower(training, x[:1], tmp_path / "m.pte", target="coreml_pte")
+    assert training.training
+    plain.eval()
     assert artifact.subgraphs == 1 and artifact.non_delegated <= 2
     assert _usual_limits(artifact.path) == Limits(None, sqnr_median_db=40, top1_agreement=0.98)
     verdict = edge_ibtm.verify(plain, artifact, x, limits=Limits(sqnr_db=40), isolated=True)

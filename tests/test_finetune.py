@@ -29,9 +29,8 @@ CPU = FinetuneConfig(device="cpu", lr=1e-3, batch_size=16, epochs=2, checkpoint_
 
 def tiny_vit(classes: int = 4) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2, num_classes=classes
-    ).eval()
+    small = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **small).eval()
 
 
 def coloured(n: int = 64, classes: int = 4, size: int = 32) -> TensorDataset:

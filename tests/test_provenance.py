@@ -19,8 +19,8 @@ SPEC = ModelSpec("mobilevit_xxs", 10, 64, MergeSpec("tome", 0.7))
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """What `compress` leaves behind, as far as verify reads it: a report and two fine-tuned models, and the models of
-    two fine-tunings that came out with the same figures."""
+    """What `compress` leaves behind, as far as verify reads it: a report, and the models of two fine-tunings that came out
+    with the same figures."""
     record = {"spec": SPEC.to_json(), "top1": 50.0}
     recipe = Recipe.model_validate({"model": {"name": "mobilevit_xxs", "img_size": 64}, "verify": {"images": 3}})
     package = tmp_path / "merged.coreml.fp16.mlpackage"

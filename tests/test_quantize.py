@@ -144,8 +144,6 @@ def test_bad_requests(vit):
         quantize(model, [batches[0], batches[0] * float("nan")])
     with pytest.raises(UsageError, match=r"several shapes, \[\(3, 32, 32\), \(3, 48, 48\)\]"):
         quantize(model, [batches[0], torch.randn(1, 3, 48, 48)])
-
-
     with pytest.raises(EdgeIBTMError, match=r"torch.export of \w+ on \(1, 2, 32, 32\) failed"):
         quantize(model, [torch.randn(1, 2, 32, 32)])
     with pytest.raises(UsageError, match="most=2, min_sqnr=30"):

@@ -108,11 +108,8 @@ def test_bad_files_and_inputs(lowered, tmp_path):
     foreign, short = tmp_path / "foreign.pte", tmp_path / "short.pte"
     foreign.write_bytes(b"PK\x03\x04" + b"\0" * 100)
     short.write_bytes(lowered.path.read_bytes()[: lowered.bytes // 2])
-    for path, message in (
-        (tmp_path / "none.pte", "no such file"),
-        (foreign, "not an ExecuTorch program"),
-        (short, "cut short"),
-    ):
+    bad = ((tmp_path / "none.pte", "no such file"), (foreign, "not an ExecuTorch program"), (short, "cut short"))
+    for path, message in bad:
         with pytest.raises(UsageError, match=message):
             run_pte(path, x)
     with pytest.raises(UsageError, match=r"shape \(1, 3, 32, 31\)"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError, lookup
-from edge_ibtm.targets.common import check_example, first_line
+from edge_ibtm.targets.common import check_example, first_line, is_captured
 from edge_ibtm.targets.coreml_classify import LOGITS
 from edge_ibtm.targets.coreml_compress import compress
 from edge_ibtm.targets.coreml_package import (
@@ -161,10 +161,14 @@ def _with_normalisation(model: nn.Module, normalised: tuple[list[float], list[fl
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return self.body(image * self.scale + self.bias)
 
-    body = deepcopy(model)
-    if not isinstance(model, torch.fx.GraphModule):
-        body = body.eval()
+    body = inference_copy(model)
     return body if normalised is None else BytesIn(body, *normalised)
+
+
+def inference_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode; a graph module has no modes."""
+    copy = deepcopy(model)
+    return copy if is_captured(model) else copy.eval()
 
 
 def _convert(model: nn.Module, example: torch.Tensor, precision: Precision, options: CoreMLOptions, image: bool) -> Any:

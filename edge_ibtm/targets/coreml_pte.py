@@ -17,11 +17,11 @@ from torch import nn
 from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.files import check_pte
 from edge_ibtm.targets.common import Artifact, Backend, check_example, exporting, first_line, lower_exported
-from edge_ibtm.targets.coreml import DEPLOYMENT_TARGETS
+from edge_ibtm.targets.coreml import DEPLOYMENT_TARGETS, inference_copy
 from edge_ibtm.targets.coreml_package import replacing, run_mlpackage
 from edge_ibtm.targets.coreml_tools import quiet_coremltools
+from edge_ibtm.targets.runtime import COREML
 
-BACKEND = "CoreMLBackend"
 PRECISIONS = {"fp16": "FLOAT16", "fp32": "FLOAT32"}
 
 
@@ -36,7 +36,7 @@ def lower_coreml_pte(
         )
     inputs = check_example(example)
     with exporting(model, inputs), torch.no_grad():
-        program = torch.export.export(model, inputs)
+        program = torch.export.export(inference_copy(model), inputs)
     with quiet_coremltools() as ct:
         to_edge = partial(_to_edge, _compile_specs(ct, precision, deployment))
         return lower_exported(program, Path(path), Backend("coreml_pte", to_edge))
@@ -67,7 +67,7 @@ def extract_mlpackage(pte: str | Path, path: str | Path) -> Path:
 
     pte, path = check_pte(pte), Path(path)
     try:
-        payloads = [_extract_delegate_payload(pte.read_bytes(), BACKEND, i) for i in range(2)]
+        payloads = [_extract_delegate_payload(pte.read_bytes(), COREML, i) for i in range(2)]
     except Exception as error:
         raise UsageError(f"{pte} cannot be read as an ExecuTorch program: {first_line(error)}") from error
     if payloads[0] is None:

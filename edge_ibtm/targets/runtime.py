@@ -17,6 +17,8 @@ from edge_ibtm.files import check_pte
 from edge_ibtm.scalar_types import SCALAR_TYPES
 from edge_ibtm.targets.common import check_example, first_line
 
+COREML = "CoreMLBackend"
+
 
 def run_pte(path: str | Path, inputs: Any, threads: int | None = None) -> list[torch.Tensor]:
     """Outputs of the `forward` method of a `.pte` in this host's ExecuTorch runtime.
@@ -95,13 +97,13 @@ def lacking_backend(file: Path) -> str | None:
     from executorch.runtime import Runtime
 
     content, here = file.read_bytes(), Runtime.get().backend_registry
-    known = ("VulkanBackend", "CoreMLBackend", "QnnBackend", "XnnpackBackend")
+    known = ("VulkanBackend", COREML, "QnnBackend", "XnnpackBackend")
     return next((name for name in known if name.encode() in content and not here.is_available(name)), None)
 
 
 def holds_coreml(path: Path) -> bool:
     """Whether a `.pte` wants Core ML, which this host's runtime lacks."""
-    return lacking_backend(check_pte(path)) == "CoreMLBackend"
+    return lacking_backend(check_pte(path)) == COREML
 
 
 def operators_of(path: Path) -> list[str]:
