@@ -40,9 +40,7 @@ def probe(
     max_temperature: Annotated[
         float | None, typer.Option(help="android: wait until cooler, Celsius; default 45", show_default=False)
     ] = None,
-    runner: Annotated[
-        Path | None, typer.Option(help="android: bundle folder or your own executor_runner; ios: .app")
-    ] = None,
+    runner: Annotated[Path | None, typer.Option(help="android: bundle folder or own executor_runner; ios: .app")] = None,
     import_file: Annotated[
         Path | None, typer.Option("--import", help="minibench JSON, executor_runner or XCTest log to bring in")
     ] = None,
