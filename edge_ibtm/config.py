@@ -6,9 +6,10 @@ faults. `recipe.py` finds recipe files and applies `key=value` overrides; this m
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edge_ibtm.errors import UsageError, suggest
 
@@ -16,6 +17,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a file or folder; ~ is the home folder, in a recipe as in a shell
 
 
 class Section(BaseModel):
@@ -28,7 +30,7 @@ class ModelSection(Section):
     """Which backbone, and where its weights come from."""
 
     name: str = Field(default="mobilevit_s", description="timm name of the backbone")
-    weights: str | None = Field(
+    weights: Place | None = Field(
         default=None, description="null: train the base on the data; 'pretrained': timm's hub; else a .safetensors or .pth file"
     )
     img_size: Positive | None = Field(default=None, description="side of the input in pixels; null: the backbone's own")
@@ -59,17 +61,17 @@ class AugmentSection(Section):
 class DataSection(Section):
     """Labelled images, and how they are split."""
 
-    source: str | None = Field(
+    source: Place | None = Field(
         default=None, description="folder, .tar, or torch/..., hfds/..., wds/...; null: the built-in demo set"
     )
-    root: str | None = Field(default=None, description="where torch/..., hfds/... and wds/... keep their files")
+    root: Place | None = Field(default=None, description="where torch/..., hfds/... and wds/... keep their files")
     train_split: str = "train"
     test_split: str = "validation"
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="held out when there is no test split")
     train_images: Positive | None = Field(default=None, description="at most so many training images; null: all")
     calibration_images: Positive = Field(default=64, description="set apart from the training images for quantization")
     test_images: Positive | None = Field(default=None, description="at most so many held-out images; null: all")
-    class_map: str | None = Field(default=None, description="file of class names in label order, as timm reads it")
+    class_map: Place | None = Field(default=None, description="file of class names in label order, as timm reads it")
     download: bool = Field(default=False, description="let timm download the data set where it can")
     workers: NonNegative = Field(default=0, description="loader processes")
     check: Literal["auto", "all", "none"] = Field(

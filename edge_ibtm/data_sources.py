@@ -49,7 +49,7 @@ def open_sources(spec: DataSection) -> tuple[Source, Source | None]:
         train = _timm_source(spec, spec.train_split)
         test = _timm_source(spec, spec.test_split, train.class_names) if spec.test_split != spec.train_split else None
         return train, test
-    root = Path(spec.source).expanduser()
+    root = Path(spec.source)
     if not root.exists():
         raise UsageError(
             f"no data at {spec.source!r}: give a folder of class folders, a .tar, or {', '.join(r + '/...' for r in REMOTE)}"
@@ -89,8 +89,8 @@ def fingerprint(spec: DataSection) -> str:
     place = spec.root if spec.source and _kind(spec.source) else spec.source
     if spec.source is None:
         digest.update(f"sklearn digits {version('scikit-learn')}".encode())
-    elif place and Path(place).expanduser().exists():
-        for name, size, changed in _listing(Path(place).expanduser()):
+    elif place and Path(place).exists():
+        for name, size, changed in _listing(Path(place)):
             digest.update(f"{name}\0{size}\0{changed}\n".encode())
     return digest.hexdigest()
 
@@ -113,7 +113,7 @@ def _listing(root: Path) -> list[tuple[str, int, int]]:
 def _kind(source: str) -> str | None:
     """The create_dataset prefix of a spec, None for a path."""
     prefix = source.partition("/")[0].lower()
-    return prefix if prefix in REMOTE and not Path(source).expanduser().exists() else None
+    return prefix if prefix in REMOTE and not Path(source).exists() else None
 
 
 def _folder_source(spec: DataSection, root: Path, names: tuple[str, ...] | None = None) -> Source:

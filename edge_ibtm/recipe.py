@@ -36,7 +36,7 @@ def find_recipe(name: str) -> Path:
 
     Errors: UsageError when neither exists.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return path
     known = list_recipes()

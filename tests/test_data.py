@@ -142,6 +142,15 @@ def test_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
     assert fingerprint(mapped) != before
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "d")
+    (tmp_path / "names.txt").write_text("bee\nant\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spec = DataSection(source="~/d", root="~/cache", class_map="~/names.txt", calibration_images=2)
+    assert (spec.root, spec.class_map) == (str(tmp_path / "cache"), str(tmp_path / "names.txt"))
+    assert load_data(spec, VIEW).class_names == ("bee", "ant")
+
+
 def test_view_is_timms_configuration() -> None:
     view = view_of("mobilevit_s", 96)
     assert (view.img_size, view.mean, view.crop_pct) == (96, (0.0, 0.0, 0.0), 0.9)

@@ -255,10 +255,10 @@ def test_the_generation_of_a_cpu_is_told(text, name, tmp_path, monkeypatch):
 def test_other_processes_are_told_where_they_took_a_tenth_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts, "usable_cores", lambda: 2)
     start = {"cpu": (100.0, 50.0, 7.0)}
-    assert host._busy_note(start, {"cpu": (110.0, 70.0, 26.0)}) == ()  # 20 s of CPU, 19 of them its own
-    (note,) = host._busy_note(start, {"cpu": (110.0, 70.0, 17.0)})
+    assert host.busy_note(start, {"cpu": (110.0, 70.0, 26.0)}) == ()  # 20 s of CPU, 19 of them its own
+    (note,) = host.busy_note(start, {"cpu": (110.0, 70.0, 17.0)})
     assert note.startswith("other processes kept 1.0 of 2 cores busy")
-    assert host._busy_note({"cpu": None}, {"cpu": None}) == ()
+    assert host.busy_note({"cpu": None}, {"cpu": None}) == ()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")

@@ -150,6 +150,14 @@ def test_bad_requests(vit):
         quantize(model, batches, scheme="mixed", most=2)
 
 
+def test_a_graph_of_another_batch_size_says_what_to_calibrate_with(vit, tmp_path):
+    model, images = vit
+    graph = quantize(model, [torch.cat(images[:2])])
+    with pytest.raises(UsageError, match=r"captured for inputs of \[\(2, 3, .*got \[\(1, 3, .*split\(1\)"):
+        lower(graph, images[0], tmp_path / "a.pte")
+    assert not list(tmp_path.iterdir())
+
+
 def test_auto_takes_a_model_without_weights():
     assert "int8" in quantize(nn.ReLU(), [torch.randn(1, 3, 4, 4)], scheme="auto").meta["quantization"]
 

@@ -201,7 +201,7 @@ def _assemble(files: list[Path], answer: dict[str, Any], profiles: Sequence[Prof
             threads=answer["threads"],
             peak_rss_mb=answer["peak_rss_mb"],
             profile=profile,
-            notes=_busy_note(answer["before"], answer["after"]),
+            notes=busy_note(answer["before"], answer["after"]),
             **{k: v for k, v in row.items() if k != "samples_ms"},
         )
         for label, file, row, profile in zip(labels, files, answer["results"], profiles, strict=True)
@@ -228,7 +228,7 @@ def host_device(before: dict[str, Any], after: dict[str, Any]) -> Device:
     )
 
 
-def _busy_note(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
+def busy_note(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
     """A remark when other processes took a tenth of the cores or more while samples were taken."""
     cores, others = facts.usable_cores(), facts.others_cores(before["cpu"], after["cpu"])
     if others is None or others < 0.1 * cores:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edge_ibtm.errors import UsageError
 from edge_ibtm.probe import facts
-from edge_ibtm.probe.host import host_device
+from edge_ibtm.probe.host import busy_note, host_device
 from edge_ibtm.probe.loop import ProbeOptions, sample_rounds, timed_ms, warm_up
 from edge_ibtm.probe.results import ratios, summary, unique_labels
 from edge_ibtm.probe.schema import Device, Latency, ProbeRun
@@ -51,10 +51,11 @@ def probe_models(
         after = facts.condition()
     where = _device(device, before, after)
     memory = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else facts.peak_rss_mb()
+    notes = (*_notes(device, compiled), *busy_note(before, after))
     results = tuple(
         Latency(
             model=label, device=where, threads=count, first_ms=first[i], peak_rss_mb=memory, warmup_runs=warm[i][0],
-            stable=warm[i][1], notes=_notes(device, compiled), **summary(samples[i]),
+            stable=warm[i][1], notes=notes, **summary(samples[i]),
         )
         for i, label in enumerate(unique_labels([_label(model, compiled) for model in models]))
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import executorch.kernels.quantized  # noqa: F401  8-bit operators outside a delegate, for lowering and for running
 import torch
@@ -45,7 +45,7 @@ def check_example(example: Any) -> tuple[torch.Tensor, ...]:
     return tuple(inputs)
 
 
-def is_captured(model: nn.Module) -> bool:
+def is_captured(model: nn.Module) -> TypeGuard[torch.fx.GraphModule]:
     """Whether `model` is already a graph module (a converted PT2E model), not an eager one."""
     return isinstance(model, torch.fx.GraphModule)
 
@@ -66,14 +66,32 @@ def capture(
 
 @contextmanager
 def exporting(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
-    """What torch.export, or the model on `inputs`, complains about, as one line that names both. Errors: EdgeIBTMError."""
+    """What torch.export, or the model on `inputs`, complains about, as one line that names both.
+
+    Errors: EdgeIBTMError; UsageError for a quantized graph that was captured in another shape than the inputs'.
+    """
+    given = [tuple(x.shape) for x in inputs]
+    taken = _captured_shapes(model)
+    if taken and taken != given:
+        raise UsageError(
+            f"the graph was captured for inputs of {taken}, got {given}; quantize with calibration batches of the shape "
+            "to be lowered, such as list(images.split(1))"
+        )
     try:
         yield
     except EdgeIBTMError:
         raise
     except Exception as error:  # a model may raise anything
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        shapes = ", ".join(map(str, given))
         raise EdgeIBTMError(f"torch.export of {type(model).__name__} on {shapes} failed: {first_line(error)}") from error
+
+
+def _captured_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """The input shapes a graph module was captured for; empty for an eager module."""
+    if not is_captured(model):
+        return []
+    values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
+    return [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
 
 
 def first_line(error: BaseException) -> str:
