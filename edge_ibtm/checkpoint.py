@@ -75,14 +75,13 @@ def save_state(model: nn.Module, path: Path) -> None:
 
     Errors: EdgeIBTMError when the disk is full or refuses.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     try:
         with replacing(path) as temporary:
-            save_file(state, temporary)
-    except SafetensorError as err:
+            temporary.write_bytes(save(state))  # save_file's own are readable by their owner alone
+    except OSError as err:
         raise EdgeIBTMError(f"cannot write {path}: {err}; free space or choose another --out") from None
 
 
@@ -161,8 +160,9 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], name: str, *, new_h
         theirs, ours = next(iter(shapes.values()))
         if not new_head:
             raise UsageError(
-                f"weights {name!r} have {theirs[0]} classes and the data has {ours[0]}: give data with the same classes "
-                "(data.class_map orders them), or model.new_head=true to train a new head"
+                f"weights {name!r} have {theirs[0]} classes, not {ours[0]}: give --classes {theirs[0]} or, to compress or "
+                "train, data with the same classes (data.class_map orders them); compress also takes model.new_head=true, "
+                "to train a new head"
             )
         state = {k: v for k, v in state.items() if k not in head}
     elif shapes or missing or unexpected:

@@ -224,12 +224,12 @@ def _lines_of(result: Latency | Average | Emulated) -> list[str]:
 
 def _latency_lines(result: Latency) -> list[str]:
     low, high = result.median_interval_ms
-    count = len(result.samples_ms)
     lines = [
         f"  p50 {result.p50_ms:.3f} ms ({result.confidence:.0%} interval {low:.3f} to {high:.3f}), "
-        f"p90 {result.p90_ms:.3f}, p99 {result.p99_ms:.3f}, {count} samples after {result.warmup_runs} warm-up runs, "
-        f"{result.threads} threads, cores {result.placement}"
+        f"p90 {result.p90_ms:.3f}, p99 {result.p99_ms:.3f}, {len(result.samples_ms)} samples"
     ]
+    if result.threads is not None:  # a log that was imported does not say how it was taken
+        lines[0] += f" after {result.warmup_runs} warm-up runs, {result.threads} threads, cores {result.placement}"
     apart = [
         ("load", result.load_ms, "ms"),
         ("first run", result.first_ms, "ms"),

@@ -145,8 +145,8 @@ def verify_command(
 ) -> None:
     """Run an artifact and the model it came from on the same images; exit 1 if they differ. The last line is JSON.
 
-    In a run directory of `compress` the model and held-out images are found; elsewhere --model names the model, and
-    the images are noise unless --inputs is given.
+    In a run directory of `compress` the model and held-out images are found (one of them for --arch); elsewhere --model
+    names the model, and the images are noise unless --inputs is given.
     """
     described: dict[str, object] = {"--weights": weights, "--classes": classes, "--img-size": img_size}
     if model is None:
@@ -243,10 +243,15 @@ def _verify_arch(arch: str, artifact: Path, images: Any, model: nn.Module | None
     from edge_ibtm.check import example_for
     from edge_ibtm.cli_probe import report
     from edge_ibtm.probe.emulated import verify_aarch64
+    from edge_ibtm.probe.parity import EAGER
     from edge_ibtm.probe.schema import ProbeRun
+    from edge_ibtm.provenance import origin_of, reported
 
     path = check_pte(artifact)
     expected = None
+    if model is None and reported(path):
+        origin = origin_of(path, 1)
+        model, images = origin.reference, origin.images if images is None else images
     if model is not None:
         images = example_for(model, img_size) if images is None else images
         with torch.no_grad():
@@ -254,5 +259,15 @@ def _verify_arch(arch: str, artifact: Path, images: Any, model: nn.Module | None
     result = verify_aarch64(path, None if images is None else [images], expected)
     parity: Any = result.parity
     typer.echo(report(ProbeRun(results=(result,))))
-    if not parity.ok:
-        raise EdgeIBTMError(f"{artifact} computes something else on aarch64: {'; '.join(result.notes) or parity}")
+    if parity.ok:
+        return
+    if parity.reference == EAGER:
+        raise EdgeIBTMError(
+            f"{artifact} computes on aarch64 what it computes here, but not what the model does: max abs difference "
+            f"{parity.max_abs:.3g} from it; is it the model, with the weights and --keep-ratio, it was lowered from?"
+        )
+    hint = "; --model, with what describes it, also judges by the model's own outputs" if expected is None else ""
+    raise EdgeIBTMError(
+        f"{artifact} computes something else on aarch64: max abs difference {parity.max_abs:.3g}, asked for: {parity.limit}; "
+        f"{'; '.join(result.notes)}{hint}"
+    )

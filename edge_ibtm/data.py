@@ -62,10 +62,14 @@ def check_classes(wanted: int | None, data: Data) -> None:
 
 
 class Images(Dataset):
-    """Chosen images of a source under one transform: item -> (image [3, H, W] float32, label)."""
+    """Chosen images of a source under one transform: item -> (image [3, H, W] float32, label).
 
-    def __init__(self, source: Source, indices: list[int], transform: Any) -> None:
+    unaugmented: the same images as evaluation sees them.
+    """
+
+    def __init__(self, source: Source, indices: list[int], transform: Any, plain: Any = None) -> None:
         self.source, self.indices, self.transform = source, indices, transform
+        self.unaugmented: Images = self if plain is None else Images(source, indices, plain)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -108,9 +112,9 @@ def load_data(spec: DataSection | str | None = None, view: View | None = None, *
     parts = split_indices(section, train.size, test.size if test else None, seed)
     _check_images(section, train, [*parts[0], *parts[1]])
     _check_images(section, test or train, parts[2])
-    eval_transform = _transform(view, None)
+    eval_transform = transform_of(view, None)
     return Data(
-        Images(train, parts[0], _transform(view, section.augment)),
+        Images(train, parts[0], transform_of(view, section.augment), eval_transform),
         Images(train, parts[1], eval_transform),
         Images(test or train, parts[2], eval_transform),
         train.class_names,
@@ -141,7 +145,7 @@ def split_indices(
     return train[: spec.train_images], calibration, test[: spec.test_images]
 
 
-def _transform(view: View, augment: AugmentSection | None) -> Any:
+def transform_of(view: View, augment: AugmentSection | None) -> Any:
     """timm's transform; augment None: evaluation."""
     from timm.data import create_transform
 
@@ -153,7 +157,7 @@ def _transform(view: View, augment: AugmentSection | None) -> Any:
     }
     if augment is None:
         return create_transform(**common, is_training=False, crop_pct=view.crop_pct)
-    return create_transform(
+    transform = create_transform(
         **common,
         is_training=True,
         hflip=augment.hflip,
@@ -163,6 +167,22 @@ def _transform(view: View, augment: AugmentSection | None) -> Any:
         auto_augment=augment.auto_augment,
         re_prob=augment.re_prob,
     )
+    _keep_a_bit(transform)
+    return transform
+
+
+def _keep_a_bit(transform: Any) -> None:
+    """Posterize to one bit where timm's policies ask for none, which is black and which Pillow 13 refuses."""
+    policies = [getattr(step, "ops", None) or getattr(step, "policy", None) or [] for step in transform.transforms]
+    for op in [op for policy in policies for entry in policy for op in (entry if isinstance(entry, list) else [entry])]:
+        if getattr(op, "name", "").startswith("Posterize"):
+            op.aug_fn = _posterize
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    from PIL import ImageOps
+
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
 def _check_images(spec: DataSection, source: Source, indices: list[int]) -> None:

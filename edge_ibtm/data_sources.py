@@ -139,21 +139,25 @@ def _same_classes(root: Path, names: tuple[str, ...]) -> None:
         raise UsageError(f"data {str(root)!r} has classes that the training images do not have: {', '.join(unknown[:5])}")
 
 
-def _timm_source(spec: DataSection, split: str, names: tuple[str, ...] | None = None) -> Source:
-    """torch/..., hfds/... and other named data sets."""
+def named_dataset(spec: DataSection, split: str, **options: Any) -> Any:
+    """timm's data set of torch/..., hfds/..., wds/...; options: create_dataset's. Errors: UsageError."""
     from timm.data import create_dataset
 
-    assert spec.source is not None
-    kind = _kind(spec.source)
-    options: dict[str, Any] = {"class_map": spec.class_map}
+    kind, options = _kind(str(spec.source)), {**options, "class_map": spec.class_map}
     try:
-        dataset = create_dataset(spec.source, root=spec.root or ".", split=split, download=spec.download, **options)
+        return create_dataset(str(spec.source), root=spec.root or ".", split=split, download=spec.download, **options)
     except Exception as err:  # every reader raises its own; the message is what the user needs
         if isinstance(err, ImportError) or "please install" in str(err).lower():
             need = _PIP.get(str(kind), "the package it names")
             raise UsageError(f"data {spec.source!r} needs a package that is not installed: pip install {need}") from None
         hint = "" if spec.download else "; set data.root, or data.download=true where timm can fetch it"
         raise UsageError(f"data {spec.source!r}, split {split!r}: {_first_line(err)}{hint}") from None
+
+
+def _timm_source(spec: DataSection, split: str, names: tuple[str, ...] | None = None) -> Source:
+    """torch/..., hfds/... and other named data sets."""
+    assert spec.source is not None
+    dataset, kind = named_dataset(spec, split), _kind(spec.source)
     if kind in ("wds", "tfds", "hfids"):
         limit = (spec.train_images or 0) + spec.calibration_images if split == spec.train_split else spec.test_images
         return _stream_source(dataset, spec.source, spec.train_images and limit, names)

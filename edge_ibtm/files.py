@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import struct
@@ -18,10 +19,13 @@ MANIFEST = "Manifest.json"  # of a Core ML package; its identifiers are drawn an
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, with its suffix: renamed to `path` when the block ends well, else removed.
 
-    Errors: UsageError when `path` is a folder.
+    What killed processes left of earlier attempts goes. Errors: UsageError when `path` is a folder.
     """
     refuse_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".*.part.{glob.escape(path.name)}"):
+        if not _runs(left.name.split(".")[1]):
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
     try:
         yield temporary
@@ -30,10 +34,28 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _runs(process: str) -> bool:
+    """Whether a process of this number runs here, or what is given is no number."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        return True
+    return True
+
+
 def refuse_folder(path: Path) -> None:
     """UsageError when `path`, where a file is to be written, is a folder."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file to write, such as {path / 'model'}")
+
+
+def refuse_file(folder: Path) -> None:
+    """UsageError when `folder`, where results are to go, or something above it is a file."""
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    if not place.is_dir():
+        raise UsageError(f"--out {folder}: {place} is a file; give the name of a folder")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,8 +34,6 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as err:
         raise EdgeIBTMError(f"checkpoint {target} cannot be written ({err}); free space or choose a folder") from err
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -103,16 +101,15 @@ class MetricsLog:
         if folder is None or self.path is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        write_text(self.path, "".join(f"{line}\n" for line in self._lines(first_step)))
         if tensorboard:
             self.board = _summary_writer(folder / "tensorboard", first_step)
 
-    def _lines(self) -> list[str]:
-        """Complete lines; one cut short by a crash is left out."""
+    def _lines(self, last: int) -> list[str]:
+        """The records up to step `last`; what is none, such as one cut short by a crash, is left out."""
         if self.path is None or not self.path.is_file():
             return []
-        return [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+        return [line for line in self.path.read_text().splitlines() if _step_of(line) <= last]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one record of plain values at an optimizer step."""
@@ -130,6 +127,14 @@ class MetricsLog:
         """Close the TensorBoard file."""
         if self.board is not None:
             self.board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a record, infinite for what is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _summary_writer(folder: Path, first_step: int) -> Any:

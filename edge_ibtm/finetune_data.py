@@ -175,7 +175,10 @@ def epoch_batches(
 def sample_batches(
     data: Dataset | DataLoader, plan: Plan, count: int, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of `count` images, the same ones every time, unaugmented, for statistics."""
+    """This rank's part of `count` images for statistics: the same ones every time, a stream's first ones.
+
+    Unaugmented where the data set has an attribute `unaugmented` (`data.Images`), else augmented alike every time.
+    """
     dataset, options = as_dataset(data)
     if isinstance(dataset, IterableDataset):
         stream = iter(DataLoader(dataset, batch_size=plan.micro, **options))
@@ -183,4 +186,5 @@ def sample_batches(
     rng = torch.Generator().manual_seed(seed)
     mine = torch.randperm(len(dataset), generator=rng)[:count][plan.rank :: plan.world].tolist()  # type: ignore[arg-type]
     cut = [mine[i : i + plan.micro] for i in range(0, len(mine), plan.micro)]
-    return iter(DataLoader(dataset, batch_sampler=cut, **options))
+    seeded = SeededDataset(getattr(dataset, "unaugmented", dataset), seed, 0)
+    return iter(DataLoader(seeded, batch_sampler=cut, **options))

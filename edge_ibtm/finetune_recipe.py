@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ibtm.errors import UsageError
-from edge_ibtm.files import write_text
+from edge_ibtm.files import refuse_file, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,6 +98,7 @@ def train_recipe(
 
     if recipe.model.new_head:
         raise UsageError("model.new_head is for `edge-ibtm compress`; train needs weights with the data's classes")
+    refuse_file(options.out)
     config = train_config(recipe, options)
     config.check()
     view = view_of(recipe.model.name, recipe.model.img_size)
@@ -148,22 +149,12 @@ def open_data(recipe: Recipe, view: Any) -> tuple[Any, Any, int]:
 
 def stream(recipe: Recipe, view: Any, *, train: bool) -> Any:
     """timm's reader of a sharded stream (WebDataset), each process reading its own shards."""
-    from timm.data import create_dataset, create_transform
+    from edge_ibtm.data import transform_of
+    from edge_ibtm.data_sources import named_dataset
 
-    section, augment = recipe.data, recipe.data.augment
-    dataset = create_dataset(
-        str(section.source),
-        root=section.root,
-        split=section.train_split if train else section.test_split,
-        is_training=train,
-        batch_size=(recipe.finetune if recipe.model.weights else recipe.base).batch_size,
-        seed=recipe.seed,
-    )
-    options: dict[str, Any] = {"auto_augment": augment.auto_augment, "re_prob": augment.re_prob} if train else {}
-    if train:
-        options.update(hflip=augment.hflip, scale=augment.scale, ratio=augment.ratio, color_jitter=augment.color_jitter)
-    dataset.transform = create_transform(
-        (3, view.img_size, view.img_size), is_training=train, mean=view.mean, std=view.std,
-        interpolation=view.interpolation, crop_pct=view.crop_pct, **options,
-    )  # fmt: skip
+    section = recipe.data
+    batch = (recipe.finetune if recipe.model.weights else recipe.base).batch_size
+    split = section.train_split if train else section.test_split
+    dataset = named_dataset(section, split, is_training=train, batch_size=batch, seed=recipe.seed)
+    dataset.transform = transform_of(view, section.augment if train else None)
     return dataset

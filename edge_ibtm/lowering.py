@@ -10,13 +10,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.orphans import end_with_parent
 
 MEMORY_PER_JOB = 4 * 2**30
 
@@ -142,15 +142,9 @@ def _first_cause(err: BaseException) -> str:
     return f"{type(err).__name__}: {(str(err).strip().splitlines() or ['no message'])[0][:300]}"
 
 
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
 def main(request: str) -> int:
     """Worker entry: one job file in, one JSON line out."""
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     answer: dict[str, Any]
     try:
         job = LowerJob(**json.loads(Path(request).read_text(encoding="utf-8")))

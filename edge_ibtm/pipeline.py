@@ -18,7 +18,7 @@ from typing import Any
 
 from edge_ibtm.cache import Cache, Entry, Stage, locked, partial_of, weights_hash
 from edge_ibtm.config import Recipe
-from edge_ibtm.errors import UsageError
+from edge_ibtm.files import refuse_file
 from edge_ibtm.lowering import Workers, parallel_jobs
 from edge_ibtm.report import Report, build_report, write_report
 from edge_ibtm.stages_names import SOURCES
@@ -35,9 +35,7 @@ def compress(recipe: Recipe, out: str | Path | None = None, *, watch: Watch | No
     Errors: UsageError for requests that cannot be carried out, EdgeIBTMError when a stage fails.
     """
     folder = Path(out) if out is not None else Path("runs") / recipe.model.name
-    place = next(p for p in (folder, *folder.parents) if p.exists())
-    if not place.is_dir():
-        raise UsageError(f"--out {folder}: {place} is a file; give the name of a folder")
+    refuse_file(folder)
     begun = time.monotonic()
     run = Run(recipe, folder, watch or Watch())
     run.check()

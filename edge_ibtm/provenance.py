@@ -34,20 +34,34 @@ def origin_of(artifact: Path, count: int | None = None) -> Origin:
     """
     if count is not None and count < 1:
         raise UsageError(f"images is {count}; give at least 1 held-out image, or leave it out for the recipe's number")
-    report_file = artifact.parent / "report.json"
+    report_file = _report_file(artifact)
     if not report_file.is_file():
         raise UsageError(
             f"nothing says which model {artifact} came from: give --model (and --weights, --keep-ratio), or verify it in "
             "the run directory of `edge-ibtm compress`"
         )
     report = json.loads(report_file.read_text(encoding="utf-8"))
-    row = next((a for a in report["artifacts"] if Path(a["path"]).name == artifact.name), None)
+    row = _row(artifact, report)
     if row is None:
         raise UsageError(f"{report_file} knows no {artifact.name}; give --model")
     if sha256_of(artifact) != row["sha256"]:
         raise UsageError(f"{artifact} has changed since {report_file} was written; run compress again, or give --model")
     stage = row["from_stage"]
     return _origin(artifact.parent, stage, row["precision"], report, count)
+
+
+def reported(artifact: Path) -> bool:
+    """Whether a report.json beside `artifact` names it."""
+    file = _report_file(artifact)
+    return file.is_file() and _row(artifact, json.loads(file.read_text(encoding="utf-8"))) is not None
+
+
+def _report_file(artifact: Path) -> Path:
+    return artifact.parent / "report.json"
+
+
+def _row(artifact: Path, report: dict[str, Any]) -> dict[str, Any] | None:
+    return next((a for a in report["artifacts"] if Path(a["path"]).name == artifact.name), None)
 
 
 def _origin(run: Path, stage: str, precision: str, report: dict[str, Any], count: int | None) -> Origin:

@@ -128,5 +128,8 @@ def test_without_a_mac(package: Path) -> None:
 
     with pytest.raises(UsageError, match="needs a Mac, this is Linux.*edge-ibtm verify"):
         probe(package, torch.zeros(1), device="mac")
+    with pytest.raises(UsageError, match="no such file: .*x.pte"):
+        probe(package.parent / "x.pte", torch.zeros(1), device="ios:Ada")
+    (package.parent / "x.pte").touch()
     with pytest.raises(UsageError, match="is no .mlpackage"):
         probe(package.parent / "x.pte", torch.zeros(1), device="ios:Ada")

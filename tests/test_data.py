@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
-from edge_ibtm.config import DataSection
-from edge_ibtm.data import View, load_data, split_indices, view_of
+from edge_ibtm.config import AugmentSection, DataSection
+from edge_ibtm.data import View, load_data, split_indices, transform_of, view_of
 from edge_ibtm.data_sources import demo_source, fingerprint
 from edge_ibtm.errors import UsageError
+from edge_ibtm.finetune_data import Plan, sample_batches
 
 VIEW = View(img_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -176,3 +180,44 @@ def test_stream_is_held_in_memory_up_to_the_limits(monkeypatch: pytest.MonkeyPat
     assert (len(data.train), len(data.calibration), len(data.test), data.num_classes) == (10, 2, 5, 3)
     reds = {data.test.source.read(i)[0].getpixel((0, 0))[0] for i in data.test.indices}
     assert reds <= set(range(100, 105))
+
+
+def test_statistics_see_the_same_unaugmented_images_every_time(tmp_path: Path) -> None:
+    data = load_data(small(write_images(tmp_path / "d", count=6)), VIEW)
+
+    def shown() -> torch.Tensor:
+        return torch.cat([images for images, _ in sample_batches(data.train, Plan(len(data.train), 4), 8)])
+
+    first = shown()
+    random.seed(123)
+    torch.manual_seed(123)
+    assert torch.equal(first, shown())
+    plain = [data.train.unaugmented[i][0] for i in range(len(data.train))]
+    assert all(any(torch.equal(image, one) for one in plain) for image in first)
+    assert data.test.unaugmented is data.test
+
+
+def test_data_without_a_plain_view_are_augmented_alike_every_time() -> None:
+    class Noisy(Dataset):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.rand(3, 4, 4) + random.random(), index % 2
+
+    first, second = ([images for images, _ in sample_batches(Noisy(), Plan(8, 4), 8)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n9-inc1", "v0", "augmix-m10"])
+def test_posterizing_keeps_at_least_one_bit(policy: str) -> None:
+    transform = transform_of(VIEW, AugmentSection(auto_augment=policy))
+    image = Image.fromarray(torch.randint(0, 256, (20, 20, 3), dtype=torch.uint8).numpy())
+    (step,) = [s for s in transform.transforms if hasattr(s, "ops") or hasattr(s, "policy")]
+    entries = getattr(step, "ops", None) or [op for policy in step.policy for op in policy]
+    posterize = [op for op in entries if op.name.startswith("Posterize")]
+    assert posterize
+    for op in posterize:
+        assert set(op.aug_fn(image, 0).getdata()) == set(op.aug_fn(image, 1).getdata())
+        assert op.aug_fn(image, 8).tobytes() == image.tobytes()
+        assert pickle.loads(pickle.dumps(op)).aug_fn is op.aug_fn  # loader processes

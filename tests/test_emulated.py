@@ -94,7 +94,10 @@ def test_judging_floats() -> None:
     moved = here + torch.tensor([[0.0, 0.0, 0.01]])
     assert not judge([moved], Execution([], [here], ()), None)[0].ok
     assert judge([here + 1e-5], Execution([], [here], ()), [here])[0].ok
-    assert not judge([here + 1e-5], Execution([], [here], ()), [here + 0.01])[0].ok
+    parity, notes = judge([here + 1e-5], Execution([], [here], ()), [here + 0.01])
+    assert not parity.ok and parity.reference == "eager outputs" and "this machine's runtime" in notes[0]
+    parity, notes = judge([moved], Execution([], [here], ()), [here])
+    assert not parity.ok and parity.reference == "the same file in this machine's runtime" and "against eager" in notes[0]
     with pytest.raises(DeviceError, match="NaN"):
         judge([here * float("nan")], Execution([], [here], ()), None)
 

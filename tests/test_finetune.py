@@ -248,7 +248,7 @@ def test_metrics_lines_are_not_repeated_by_a_resume(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0 / step})
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # cut short by a crash
+    (tmp_path / "metrics.jsonl").open("a").write('{"step"}\n{"step": 4, "lo')  # cut short by a crash
     MetricsLog(tmp_path, first_step=2).write(3, {"loss": 9.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in lines] == [(1, 1.0), (2, 0.5), (3, 9.0)]

@@ -173,3 +173,17 @@ def test_ib_command_prints_every_site(tmp_path: Path) -> None:
     figures = json.loads(file.read_text())
     assert [f["place"] for f in figures][-1] == "last features" and len(figures) == 4
     assert all(f["ib"] <= f["bound_conditional"] for f in figures) and "last features" in done.stdout
+
+
+def test_a_stream_whose_reader_is_not_installed_says_what_to_install() -> None:
+    section = {"source": "wds/somewhere", "root": "shards"}
+    recipe = parse_recipe({"model": {"name": "mobilevit_xxs", "num_classes": 3}, "data": section})
+    with pytest.raises(UsageError, match="pip install webdataset"):
+        open_data(recipe, View(32))
+
+
+@pytest.mark.parametrize("below", ["", "b"])
+def test_a_file_where_the_results_are_to_go_is_refused(below: str, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UsageError, match="out is a file; give the name of a folder"):
+        train_recipe(parse_recipe({}), TrainOptions(out=tmp_path / "out" / below))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -259,11 +261,20 @@ def test_worker_hands_its_error_over(tmp_path: Path) -> None:
     assert not (tmp_path / "x.pte").exists()
 
 
+@pytest.mark.parametrize("module", ["lowering", "probe.child"])
+def test_children_watch_their_parent(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = importlib.import_module(f"edge_ibtm.{module}")
+    watched: list[bool] = []
+    monkeypatch.setattr(child, "end_with_parent", lambda: watched.append(True))
+    with contextlib.suppress(OSError):
+        child.main(str(tmp_path / "no request"))
+    assert watched
+
+
 def test_worker_ends_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, os\n"
-        "child = 'import threading, os, time; from edge_ibtm.lowering import _end_with_parent;'\n"
-        "child += 'threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start(); time.sleep(60)'\n"
+        "child = 'import time; from edge_ibtm.orphans import end_with_parent; end_with_parent(); time.sleep(60)'\n"
         "p = subprocess.Popen([sys.executable, '-c', child]); print(p.pid, flush=True)\n"
         "import time; time.sleep(3)\n"
     )

@@ -12,7 +12,7 @@ from edge_ibtm.checkpoint import MergeSpec, ModelSpec, build, save_state
 from edge_ibtm.config import Recipe
 from edge_ibtm.errors import UsageError
 from edge_ibtm.files import sha256_of
-from edge_ibtm.provenance import origin_of
+from edge_ibtm.provenance import origin_of, reported
 
 SPEC = ModelSpec("mobilevit_xxs", 10, 64, MergeSpec("tome", 0.7))
 
@@ -48,6 +48,8 @@ def test_model_and_images_are_found(run: Path) -> None:
     assert all(torch.equal(value, wanted[name]) for name, value in origin.reference.state_dict().items())
     assert origin.images.shape == (3, 3, 64, 64) and origin.stage == "finetune" and origin.limits.sqnr_median_db == 40
     assert len(origin_of(run / "merged.coreml.fp16.mlpackage", 5).images) == 5
+    assert reported(run / "merged.coreml.fp16.mlpackage")
+    assert not reported(run / "of_somebody_else.pte") and not reported(run / "stages/merged.coreml.fp16.mlpackage")
 
 
 def test_what_cannot_be_found_is_said(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

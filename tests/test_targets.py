@@ -17,7 +17,6 @@ from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.check import check
 from edge_ibtm.cli import app
 from edge_ibtm.errors import EdgeIBTMError, GateError, UsageError
-from edge_ibtm.files import replacing
 from edge_ibtm.quantize import quantize
 from edge_ibtm.targets import TARGETS, lower
 from edge_ibtm.targets.lean import lean
@@ -254,14 +253,6 @@ def test_lean_leaves_no_trace():
         assert all(getattr(owner, name) is not old for (owner, name), old in zip(owners, before))
         raise ValueError
     assert all(getattr(owner, name) is old for (owner, name), old in zip(owners, before))
-
-
-def test_interrupted_write_leaves_nothing(tmp_path):
-    target = tmp_path / "deep" / "model.pte"
-    with pytest.raises(KeyboardInterrupt), replacing(target) as temporary:
-        temporary.write_bytes(b"half")
-        raise KeyboardInterrupt
-    assert list(target.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))

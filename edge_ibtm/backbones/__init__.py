@@ -72,8 +72,8 @@ def build_model(
         if weights != "pretrained":
             raise UsageError(f"cannot build {name!r} with {options}: {error}") from error
         raise EdgeIBTMError(
-            f"cannot fetch pretrained weights of {name!r} ({_line(error)}); connect to the model hub, or pass a local "
-            "file with --weights FILE, or leave --weights out to train a base model"
+            f"cannot fetch pretrained weights of {name!r} ({_line(error)}); connect to the model hub, or give a "
+            "local file (--weights FILE, in a recipe model.weights), or none, to train a base model"
         ) from error
     family_of(model)
     if weights is not None and weights != "pretrained":

@@ -60,6 +60,8 @@ def probe_apple(
     Errors: UsageError (not a Mac, not an .mlpackage, several phones), DeviceError (Xcode or the phone).
     """
     for path in paths:
+        if not path.exists():
+            raise UsageError(f"no such file: {path}; `edge-ibtm lower --target coreml` writes a .mlpackage")
         if path.suffix != ".mlpackage" or not path.is_dir():
             raise UsageError(f"{path} is no .mlpackage; lower with target coreml, or probe a .pte with --device host")
     if platform.system() != "Darwin":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.orphans import end_with_parent
 from edge_ibtm.probe import facts
 from edge_ibtm.probe.loop import ProbeOptions, sample_rounds, timed_ms, warm_up
 from edge_ibtm.scalar_types import SCALAR_TYPES
@@ -214,6 +215,7 @@ def _trace(request: dict[str, Any], inputs: list[Any]) -> None:
 
 def main(request_path: str) -> None:
     """Carry out one request and write its answer."""
+    end_with_parent()
     request = json.loads(Path(request_path).read_text())
     try:
         answer = _answer(request)
