@@ -243,6 +243,7 @@ def test_results_survive_a_file(files: Tiny, tmp_path) -> None:
         ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 1\nflags\t: fma avx avx2\n\nmodel name\t: no\n",
          "AMD EPYC (family 25 model 1, avx2)"),
         ("cpu family : 6\nmodel : 85\nmodel name : Xeon\nflags : avx2 avx512f avx\n", "Xeon (family 6 model 85, avx512f)"),
+        ("cpu family : 6\nmodel : 7\nmodel name : X\nflags : avx avx512f avx512_vnni\n", "X (family 6 model 7, avx512f, vnni)"),
         ("processor : 0\nHardware : Qualcomm SM8550\n", "Qualcomm SM8550"),
     ],
 )  # fmt: skip
