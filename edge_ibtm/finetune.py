@@ -9,11 +9,13 @@ same command gives the weights of an uninterrupted run.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -37,7 +39,8 @@ class FinetuneConfig:
     transforms of their own. precision: fp32, bf16 or fp16 autocast. device: auto or cpu.
     checkpoint_seconds: at most this long between checkpoints; 0: at every step.
     max_bad_steps: non-finite gradients in a row before the run is given up. of: what else a checkpoint belongs to, such as
-    a hash of the recipe's model, data and mergers; one of something else is refused.
+    a hash of the recipe's model, data and mergers; one of something else is refused. Without it a checkpoint of the same
+    settings, shapes and sites is gone on from, whatever images and weights it was begun with.
     """
 
     epochs: int = 1
@@ -85,8 +88,12 @@ class FinetuneConfig:
         faults = [
             f"{name} is {getattr(self, name)!r}, must be {what}"
             for name, ok, what in (
-                ("epochs", self.epochs >= 0, "0 or more"),
-                ("lr", self.lr > 0, "above 0"),
+                ("epochs", isinstance(self.epochs, int) and self.epochs >= 0, "a whole number, 0 or more"),
+                ("lr", 0 < self.lr < math.inf, "above 0 and finite"),
+                ("distill", 0 <= self.distill < math.inf, "0 or more and finite"),
+                ("distill_temperature", 0 < self.distill_temperature < math.inf, "above 0 and finite"),
+                ("lambda_ib", 0 <= self.lambda_ib < math.inf, "0 or more and finite"),
+                ("statistics_images", self.statistics_images > 0, "above 0"),
                 ("batch_size", self.batch_size > 0, "above 0"),
                 ("unmerged_epochs", self.unmerged_epochs >= 0, "0 or more"),
                 ("accumulate", self.accumulate > 0, "above 0"),
@@ -161,14 +168,41 @@ def finetune(
     """
     from edge_ibtm.finetune_loop import Run
 
-    config = config or FinetuneConfig()
+    config = FinetuneConfig() if config is None else config
+    if not isinstance(config, FinetuneConfig):
+        raise UsageError(f"config is a {type(config).__name__}; give a FinetuneConfig")
     config.check()
     if config.distill and teacher is None:
         raise UsageError(f"distill is {config.distill} but no teacher was given; pass teacher=, or set it to 0")
-    if not isinstance(as_dataset(train)[0], IterableDataset) and len(as_dataset(train)[0]) == 0:  # type: ignore[arg-type]
-        raise UsageError("the training set is empty; check the data source")
+    if config.distill and teacher is model:
+        raise UsageError("the teacher is the model itself, as mergers are put in in place; pass a copy of the base made before")
+    _check_data(train, val)
+    _check_model(model, config)
     began = time.monotonic()
     run = Run(model, train, config, teacher, merge)
     history = run.train(val, progress)
     history.seconds += time.monotonic() - began
     return history
+
+
+def _check_data(train: Data, val: Data | None) -> None:
+    """UsageError for sets without images or, for training, without a length."""
+    for name, data in (("training", train), ("validation", val)):
+        dataset = None if data is None else as_dataset(data)[0]
+        if dataset is None or (name == "validation" and not hasattr(dataset, "__len__")):
+            continue
+        if not hasattr(dataset, "__len__"):
+            raise UsageError(f"the training set, a {type(dataset).__name__}, has no length; give it a __len__ of its images")
+        if len(dataset) == 0 and not isinstance(dataset, IterableDataset):
+            raise UsageError(f"the {name} set is empty; check the data source")
+
+
+def _check_model(model: nn.Module, config: FinetuneConfig) -> None:
+    """UsageError for a model that no step could train."""
+    other = {str(p.dtype) for p in model.parameters() if p.dtype != torch.float32}
+    if other:
+        raise UsageError(f"the model has parameters in {', '.join(sorted(other))}; call .float(); precision autocasts")
+    if config.epochs and not torch.is_grad_enabled():
+        raise UsageError("finetune was called under no_grad or inference_mode; call it outside")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError("every parameter is frozen; set requires_grad of those that are to be trained")

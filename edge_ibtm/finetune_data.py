@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from edge_ibtm.errors import UsageError
+from edge_ibtm.finetune_batches import check_loader, checked
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -88,10 +89,12 @@ class SeededDataset(Dataset):
     ) -> None:
         self.data, self.seed, self.epoch, self.transform = data, seed, epoch, transform
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> Any:
         seed_everything(self.seed, self.epoch, index)
-        image, label = self.data[index]
-        return (self.transform(image) if self.transform else image), label
+        sample = self.data[index]
+        if self.transform is None or not isinstance(sample, (tuple, list)):
+            return sample
+        return self.transform(sample[0]), *sample[1:]
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class Plan:
 def as_dataset(data: Dataset | DataLoader) -> tuple[Dataset, dict[str, Any]]:
     """A data set, and the loader options that a given DataLoader carries (its collate function and workers)."""
     if isinstance(data, DataLoader):
+        check_loader(data)
         return data.dataset, {"collate_fn": data.collate_fn, "num_workers": data.num_workers}
     return data, {}
 
@@ -167,9 +171,9 @@ def epoch_batches(
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
         stream = iter(DataLoader(dataset, batch_size=plan.micro, drop_last=True, **options))
-        return itertools.islice(stream, first * plan.accumulate, plan.steps * plan.accumulate)
+        return checked(itertools.islice(stream, first * plan.accumulate, plan.steps * plan.accumulate))
     seeded = SeededDataset(dataset, seed, epoch, transform)
-    return iter(DataLoader(seeded, batch_sampler=list(plan.indices(seed, epoch, first)), **options))
+    return checked(DataLoader(seeded, batch_sampler=list(plan.indices(seed, epoch, first)), **options))
 
 
 def sample_batches(
@@ -182,9 +186,9 @@ def sample_batches(
     dataset, options = as_dataset(data)
     if isinstance(dataset, IterableDataset):
         stream = iter(DataLoader(dataset, batch_size=plan.micro, **options))
-        return itertools.islice(stream, -(-count // (plan.micro * plan.world)))
+        return checked(itertools.islice(stream, -(-count // (plan.micro * plan.world))))
     rng = torch.Generator().manual_seed(seed)
     mine = torch.randperm(len(dataset), generator=rng)[:count][plan.rank :: plan.world].tolist()  # type: ignore[arg-type]
     cut = [mine[i : i + plan.micro] for i in range(0, len(mine), plan.micro)]
     seeded = SeededDataset(getattr(dataset, "unaugmented", dataset), seed, 0)
-    return iter(DataLoader(seeded, batch_sampler=cut, **options))
+    return checked(DataLoader(seeded, batch_sampler=cut, **options))

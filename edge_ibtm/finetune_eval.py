@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from edge_ibtm.errors import UsageError
+from edge_ibtm.finetune_batches import checked, classes_of
 from edge_ibtm.finetune_data import as_dataset
 from edge_ibtm.modes import evaluating
 from edge_ibtm.statistics import all_sum
@@ -31,11 +33,11 @@ def evaluation_batches(
     """This rank's batches (images [b, 3, H, W], labels [b]), in order, every image once over all ranks."""
     dataset, options = as_dataset(data)
     if isinstance(dataset, IterableDataset):
-        return iter(DataLoader(dataset, batch_size=batch_size, **options))
+        return checked(DataLoader(dataset, batch_size=batch_size, **options))
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = list(range(rank, len(dataset), world))  # type: ignore[arg-type]
     cut = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    return iter(DataLoader(dataset, batch_sampler=cut, **options))
+    return checked(DataLoader(dataset, batch_sampler=cut, **options))
 
 
 def predictions(model: nn.Module, data: Dataset | DataLoader, batch_size: int = 64) -> tuple[Tensor, Tensor]:
@@ -53,9 +55,12 @@ def evaluate(
     with evaluating(model) as device:
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         for images, labels in evaluation_batches(data, batch_size, accelerator):
-            logits, labels = model(images.to(device)).float(), labels.to(device)
+            logits = model(images.to(device)).float()
+            labels = classes_of(labels, logits.shape[-1]).to(device)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             correct = (logits.argmax(-1) == labels).sum()
             counts += torch.stack([correct.double(), loss.double(), counts.new_tensor(len(labels))])
     correct, loss, images_seen = all_sum(accelerator)(counts).tolist()
+    if not images_seen:
+        raise UsageError("there are no images to evaluate on; give some, or none at all (val=None)")
     return Evaluation(100 * correct / images_seen, loss / images_seen, int(images_seen))

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from edge_ibtm.errors import EdgeIBTMError
 from edge_ibtm.finetune import Data, EpochMetrics, FinetuneConfig, History, Progress
+from edge_ibtm.finetune_batches import classes_of
 from edge_ibtm.finetune_checkpoint import MetricsLog, load_checkpoint, restore, save_checkpoint, state_of
 from edge_ibtm.finetune_data import Plan, as_dataset, epoch_batches, sample_batches, seed_everything
 from edge_ibtm.finetune_eval import evaluate
 from edge_ibtm.finetune_loss import LossWeights, classifier_of, ib_term, pooled_features, training_loss
 from edge_ibtm.finetune_setup import build_accelerator, build_optimizer, build_scheduler, carry_state
+from edge_ibtm.site import Site
 from edge_ibtm.statistics import Clusters, all_sum, fit_clusters
 
 _NOT_IN_FINGERPRINT = {
@@ -55,7 +57,6 @@ class Run:
         )
         self.transform = config.augment.build() if config.augment else None
         self.folder = Path(config.checkpoint_dir) if config.checkpoint_dir else None
-        self.fingerprint = self._fingerprint()
         self.clusters: Clusters | None = None
         self.history = History()
         self.epoch, self.step, self.bad = 0, 0, 0
@@ -66,6 +67,7 @@ class Run:
         if merge is not None and config.unmerged_epochs == 0:
             merge(self.raw)
             self._place()
+        self.fingerprint = self._fingerprint()
         self._build()
         self._restore()
 
@@ -78,7 +80,8 @@ class Run:
     def _fingerprint(self) -> str:
         settings = {k: v for k, v in asdict(self.config).items() if k not in _NOT_IN_FINGERPRINT}
         shapes = [(name, tuple(p.shape)) for name, p in self.raw.named_parameters()]
-        text = repr((sorted(settings.items()), shapes, self.plan.samples, self.merge is not None))
+        sites = [(n, type(m.merger).__name__, m.extra_repr()) for n, m in self.raw.named_modules() if isinstance(m, Site)]
+        text = repr((sorted(settings.items()), shapes, sites, self.plan.samples, self.merge is not None))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _build(self, old: torch.optim.Optimizer | None = None) -> None:
@@ -160,6 +163,8 @@ class Run:
         finally:
             log.close()
             self._hand_over()
+        if self.history.steps and self.history.skipped_steps == self.history.steps and self.accelerator.scaler is None:
+            raise EdgeIBTMError(f"none of {self.history.steps} steps had a finite gradient; nothing was trained")
         if val is not None and (self.history.top1 is None or self.config.epochs == 0 or self.step):
             self._evaluate(val)  # the weights moved since the last epoch's end
         return self.history
@@ -197,10 +202,11 @@ class Run:
             copy_mask_buffers(self.raw, self.ema.module)
         if config.epochs and self._ib_is_on():
             features, labels = last_features(self.raw, batches())
+            classes: int = classifier_of(self.raw).out_features  # type: ignore[assignment]
             self.clusters = fit_clusters(
                 features,
-                labels,
-                classifier_of(self.raw).out_features,  # type: ignore[arg-type]
+                classes_of(labels, classes),
+                classes,
                 count=config.ib_clusters,
                 reduce=all_sum(self.accelerator),
             )
@@ -283,7 +289,7 @@ class Run:
             logits = self.model(images)
         ib = None
         if self.clusters is not None:
-            ib = ib_term(kept[0], labels, self.clusters, self.config.ib_conditional)
+            ib = ib_term(kept[0], classes_of(labels, logits.shape[-1]), self.clusters, self.config.ib_conditional)
         return training_loss(self.weights, logits, targets, teacher_logits, ib)
 
     def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

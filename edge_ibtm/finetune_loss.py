@@ -11,19 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edge_ibtm.errors import UsageError
+from edge_ibtm.finetune_batches import classes_of
 from edge_ibtm.information import ib_bound, soft_assign
 from edge_ibtm.statistics import Clusters
 
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     """Labels [b] to smoothed distributions [b, classes]; distributions pass unchanged."""
-    if labels.ndim == 2:
+    if labels.ndim == 2 and labels.shape[1] == classes:
         return labels
+    if labels.ndim == 2:
+        raise UsageError(f"labels are distributions over {labels.shape[1]} classes, the model has {classes}")
+    classes_of(labels, classes)
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student), logits [b, classes] -> scalar (Hinton et al., arXiv 1503.02531)."""
+    if logits.shape != teacher_logits.shape:
+        raise UsageError(f"the teacher has {teacher_logits.shape[-1]} classes, the model {logits.shape[-1]}; give its own base")
     student = F.log_softmax(logits.float() / temperature, -1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, -1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from edge_ibtm.errors import UsageError
+
 if TYPE_CHECKING:
     from edge_ibtm.finetune import FinetuneConfig
 
@@ -30,13 +32,13 @@ def build_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Opt
     """timm's factory: no weight decay on biases and norms, layer-wise decay when asked for."""
     from timm.optim import create_optimizer_v2
 
-    return create_optimizer_v2(
-        model,
-        opt=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay,
-    )
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
+    try:
+        return create_optimizer_v2(model, opt=config.optimizer, **options)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UsageError(
+            f"timm makes no optimizer {config.optimizer!r} with {options} ({error}); timm.optim.list_optimizers() has the names"
+        ) from error
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: FinetuneConfig, steps: int) -> Any:
