@@ -17,6 +17,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Channels = tuple[float, float, float]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a file or folder; ~ is the home folder, in a recipe as in a shell
 
 
@@ -72,12 +73,24 @@ class DataSection(Section):
     calibration_images: Positive = Field(default=64, description="set apart from the training images for quantization")
     test_images: Positive | None = Field(default=None, description="at most so many held-out images; null: all")
     class_map: Place | None = Field(default=None, description="file of class names in label order, as timm reads it")
+    mean: Channels | None = Field(default=None, description="of the normalisation, in 0..1; null: as timm says of the model")
+    std: Channels | None = Field(default=None, description="likewise; give both for weights that were trained with others")
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
+        default=None, description="how images are resized; null: as timm says of the model"
+    )
     download: bool = Field(default=False, description="let timm download the data set where it can")
     workers: NonNegative = Field(default=0, description="loader processes")
     check: Literal["auto", "all", "none"] = Field(
         default="auto", description="decode every image before training; auto: when there are 20,000 or fewer"
     )
     augment: AugmentSection = AugmentSection()
+
+    @field_validator("std")
+    @classmethod
+    def _above_zero(cls, value: Channels | None) -> Channels | None:
+        if value is not None and min(value) <= 0:
+            raise ValueError("give three numbers above 0")
+        return value
 
 
 class TrainSection(Section):

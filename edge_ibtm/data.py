@@ -7,7 +7,7 @@ timm's, with the size, mean, std and interpolation of the model (`View`).
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
@@ -99,6 +99,12 @@ def view_of(model_name: str, img_size: int | None = None) -> View:
     )
 
 
+def asked_view(view: View, section: DataSection) -> View:
+    """The view with what the data section sets in its place."""
+    asked = {name: getattr(section, name) for name in ("mean", "std", "interpolation")}
+    return replace(view, **{name: value for name, value in asked.items() if value is not None})
+
+
 def load_data(spec: DataSection | str | None = None, view: View | None = None, *, seed: int = 0) -> Data:
     """Open a data set and split it into train, calibration and test.
 
@@ -107,7 +113,7 @@ def load_data(spec: DataSection | str | None = None, view: View | None = None, *
     Errors: UsageError when the data is missing, unreadable, has one class or too few images.
     """
     section = spec if isinstance(spec, DataSection) else DataSection(source=spec)
-    view = view or View()
+    view = asked_view(view or View(), section)
     train, test = open_sources(section)
     parts = split_indices(section, train.size, test.size if test else None, seed)
     _check_images(section, train, [*parts[0], *parts[1]])

@@ -149,12 +149,12 @@ def open_data(recipe: Recipe, view: Any) -> tuple[Any, Any, int]:
 
 def stream(recipe: Recipe, view: Any, *, train: bool) -> Any:
     """timm's reader of a sharded stream (WebDataset), each process reading its own shards."""
-    from edge_ibtm.data import transform_of
+    from edge_ibtm.data import asked_view, transform_of
     from edge_ibtm.data_sources import named_dataset
 
     section = recipe.data
     batch = (recipe.finetune if recipe.model.weights else recipe.base).batch_size
     split = section.train_split if train else section.test_split
     dataset = named_dataset(section, split, is_training=train, batch_size=batch, seed=recipe.seed)
-    dataset.transform = transform_of(view, section.augment if train else None)
+    dataset.transform = transform_of(asked_view(view, section), section.augment if train else None)
     return dataset

@@ -107,6 +107,7 @@ def make_data(context: Context, folder: Path) -> dict[str, Any]:
         "img_size": data.img_size,
         "mean": list(data.mean),
         "std": list(data.std),
+        "interpolation": section.interpolation,
         "files": context.files,  # with augment: later stages, which read this record, see what they are trained on
         "augment": section.augment.model_dump(),
     }

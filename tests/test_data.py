@@ -160,6 +160,16 @@ def test_view_is_timms_configuration() -> None:
     assert (view.img_size, view.mean, view.crop_pct) == (96, (0.0, 0.0, 0.0), 0.9)
 
 
+def test_the_data_section_overrides_the_models_view(tmp_path: Path) -> None:
+    source = str(write_images(tmp_path / "d"))
+    asked = DataSection(source=source, calibration_images=2, mean=(0.1, 0.2, 0.3), std=(1, 2, 4), interpolation="bilinear")
+    data, plain = load_data(asked, VIEW), load_data(DataSection(source=source, calibration_images=2), VIEW)
+    assert (data.mean, data.std, plain.mean) == ((0.1, 0.2, 0.3), (1.0, 2.0, 4.0), VIEW.mean)
+    raw = plain.test[0][0] * 0.5 + 0.5
+    wanted = (raw - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(data.std).view(3, 1, 1)
+    torch.testing.assert_close(data.test[0][0], wanted)
+
+
 def test_training_images_are_augmented_and_test_images_are_not() -> None:
     data = load_data(None, VIEW)
     assert torch.equal(data.test[0][0], data.test[0][0])
