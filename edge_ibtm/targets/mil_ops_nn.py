@@ -1,4 +1,4 @@
-"""MIL operations with weights or windows: convolution, linear, matmul, attention, normalisation, pooling."""
+"""MIL operations with weights or windows: convolution, linear, matmul, attention, normalisation, pooling, upsampling."""
 
 from __future__ import annotations
 
@@ -118,6 +118,28 @@ def avg_pool(a: Args) -> torch.Tensor:
     return mean / pool(_pool_windows(ones, 0.0)[0], kernel, strides)
 
 
+def upsample_bilinear(a: Args) -> torch.Tensor:
+    """x [*, H, W] resized by linear interpolation along its last two axes."""
+    height, width = a["x"].shape[-2:]
+    return _interpolation(a, height, "scale_factor_height") @ a["x"] @ _interpolation(a, width, "scale_factor_width").T
+
+
+def _interpolation(a: Args, size: int, scale: str) -> torch.Tensor:
+    """Weights [out, size] along one axis; as in MIL, positions follow from the two sizes, not from the scale itself."""
+    out = int((torch.tensor(a.float(scale, 1.0)) * size).floor())
+    position = torch.arange(out, dtype=torch.float64)
+    corners = a.flag("align_corners", True)
+    centres = a.flag("half_pixel_centers", not corners)
+    if corners and centres:
+        raise ValueError("align_corners and half_pixel_centers are both true, which Core ML does not define")
+    if corners:
+        position = position * ((size - 1) / max(out - 1, 1))
+    else:
+        position = (position + 0.5) * (size / out) - 0.5 if centres else position * (size / out)
+    distance = position.clamp(0, size - 1)[:, None] - torch.arange(size)
+    return (1 - distance.abs()).clamp(min=0).float()
+
+
 OPERATIONS: dict[str, Operation] = {
     "conv": conv,
     "linear": lambda a: F.linear(a["x"], a["weight"], a.get("bias")),
@@ -129,4 +151,5 @@ OPERATIONS: dict[str, Operation] = {
     "l2_norm": l2_norm,
     "max_pool": max_pool,
     "avg_pool": avg_pool,
+    "upsample_bilinear": upsample_bilinear,
 }
