@@ -2,6 +2,7 @@
 
     EdgeIBTMError            exit 1: a stage failed
     +-- UsageError           exit 2: the request cannot be carried out as it was made (unknown name, bad value, bad file)
+    |   +-- CannotRunHere    exit 2: a sound artifact that this host has no means to run
     +-- GateError            exit 1: a verification gate was missed
     +-- DeviceError          exit 1: a phone, emulator or runner did not do its part
 
@@ -27,6 +28,10 @@ class UsageError(EdgeIBTMError, ValueError):
     """The request itself is wrong."""
 
     exit_code = 2
+
+
+class CannotRunHere(UsageError):
+    """Nothing is known to be wrong with an artifact, but this host cannot run it."""
 
 
 class GateError(EdgeIBTMError):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.config import Recipe
-from edge_ibtm.errors import UsageError
+from edge_ibtm.errors import CannotRunHere
 from edge_ibtm.lowering import LowerJob, Workers, run_job
 from edge_ibtm.stages import CONVERTED, WEIGHTS, Context, count_correct, load_converted, stacked
 
@@ -103,9 +103,7 @@ def make_verify(context: Context, product: Product, folder: Path) -> dict[str, A
         return {"verified": False, "why": why}
     try:
         return {**_compare(context, product, path), **structure}
-    except UsageError as err:
-        if product.target not in EVALUATED:
-            raise
+    except CannotRunHere as err:
         return {"verified": False, "why": f"its structure was checked, but it cannot be run here: {err}", **structure}
 
 

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from coreml_models import Tiny
 from test_pipeline import SPEC
 
 from edge_ibtm import build_model, insert_mergers, pipeline, stages, stages_artifact
 from edge_ibtm.cache import Entry
 from edge_ibtm.checkpoint import save_state
 from edge_ibtm.config import parse_recipe
+from edge_ibtm.errors import UsageError
 from edge_ibtm.lowering import Workers, carry_out
+from edge_ibtm.targets import lower, mil_eval
 from edge_ibtm.targets.common import Artifact
 from edge_ibtm.watch import Watch
 
@@ -133,3 +136,22 @@ def test_w8a8_gets_its_calibration_images(tmp_path: Path, monkeypatch: pytest.Mo
     save_state(build_model("mobilevit_xxs", num_classes=10), tmp_path / "finetune" / stages.WEIGHTS)
     stages_artifact.make_lower(context, product, tmp_path, Workers(set()))
     assert seen["precision"] == "w8a8" and seen["calibration"].shape == (4, 3, 64, 64)
+
+
+def test_a_package_that_cannot_be_evaluated_is_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But a wrong output is."""
+    chosen = parse_recipe({**REAL, "lower": {"targets": ["coreml"]}})
+    context = stages.Context(chosen, Watch())
+    (product,) = stages_artifact.products(chosen, {"coreml": ".mlpackage"})
+    context.done["data"] = Entry("data", "", tmp_path, stages.make_data(context, tmp_path), "")
+    context.done[f"lower-{product.name}"] = Entry("lower", "", tmp_path, {}, "")
+    lower(Tiny(10).eval(), torch.randn(1, 3, 64, 64), tmp_path / product.file, target="coreml")
+    with monkeypatch.context() as patch:
+        patch.setattr(mil_eval, "KNOWN", mil_eval.KNOWN - {"conv"})
+        patch.setattr(context, "model", lambda stage: Tiny(10))
+        record = stages_artifact.make_verify(context, product, tmp_path)
+    assert not record["verified"] and re.search(r"structure was checked.*cannot be run here.*conv \(1\)", record["why"])
+    assert record["package"]["operations"]["conv"] == 1
+    monkeypatch.setattr(context, "model", lambda stage: Tiny(9))
+    with pytest.raises(UsageError, match="output has shape"):
+        stages_artifact.make_verify(context, product, tmp_path)

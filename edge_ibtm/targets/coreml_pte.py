@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.errors import CannotRunHere, EdgeIBTMError, UsageError
 from edge_ibtm.files import check_pte
 from edge_ibtm.targets.common import Artifact, Backend, check_example, exporting, first_line, lower_exported
 from edge_ibtm.targets.coreml import DEPLOYMENT_TARGETS, inference_copy
@@ -61,7 +61,7 @@ def _to_edge(specs: list[Any], program: torch.export.ExportedProgram) -> Any:
 def extract_mlpackage(pte: str | Path, path: str | Path) -> Path:
     """Write the `.mlpackage` inside a Core ML `.pte` to `path`.
 
-    Raises UsageError when the file holds no Core ML delegate, and when it holds several (the model was split).
+    Raises UsageError when the file holds no Core ML delegate, CannotRunHere when it holds several (the model was split).
     """
     from executorch.exir._serialize._program import _extract_delegate_payload
 
@@ -73,7 +73,7 @@ def extract_mlpackage(pte: str | Path, path: str | Path) -> Path:
     if payloads[0] is None:
         raise UsageError(f"{pte} holds no Core ML delegate: lower it with the coreml_pte target")
     if payloads[1] is not None:
-        raise UsageError(f"{pte} holds several Core ML delegates, so no single package stands for it")
+        raise CannotRunHere(f"{pte} holds several Core ML delegates, so no single package stands for it: run it on a device")
     _unflatten(payloads[0], path)
     return path
 
@@ -86,7 +86,7 @@ def _unflatten(payload: bytes, path: Path) -> None:
             raise EdgeIBTMError("the Core ML delegate's payload is damaged: lower the model again")
         package = next(Path(folder).rglob("*.mlpackage"), None)
         if package is None:
-            raise UsageError(
+            raise CannotRunHere(
                 "the Core ML delegate holds a compiled model, not a package: lower it with model type MODEL"
             )
         with replacing(path) as temporary:
@@ -108,4 +108,4 @@ class PackageInside:
         try:
             return run_mlpackage(self._package, images)
         except UsageError as error:
-            raise UsageError(str(error).replace(str(self._package), str(self._path))) from None
+            raise type(error)(str(error).replace(str(self._package), str(self._path))) from None

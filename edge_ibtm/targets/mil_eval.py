@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from edge_ibtm.errors import EdgeIBTMError, UsageError
+from edge_ibtm.errors import CannotRunHere, EdgeIBTMError, UsageError
 from edge_ibtm.targets import mil_ops_index, mil_ops_math, mil_ops_nn, mil_ops_shape
 from edge_ibtm.targets.coreml_package import class_labels, image_tensor, open_package, operations
 from edge_ibtm.targets.coreml_tools import quiet_coremltools
@@ -103,14 +103,16 @@ def _resolved(reference: Any, env: dict[str, Any]) -> Any:
 
 
 def load_program(path: str | Path) -> MILProgram:
-    """Read a package. All operations without an evaluator are named in one EdgeIBTMError before anything runs."""
+    """Read a package. All operations without an evaluator are named in one CannotRunHere before anything runs."""
     mlmodel = open_package(path)
     spec = mlmodel.get_spec()
     counted = Counter(op.type for op in operations(spec))
     unknown = {kind: count for kind, count in counted.items() if kind not in KNOWN}
     if unknown:
         named = ", ".join(f"{kind} ({count})" for kind, count in sorted(unknown.items()))
-        raise EdgeIBTMError(f"{path} uses ML Program operations that cannot be evaluated here: {named}")
+        raise CannotRunHere(
+            f"{path} uses ML Program operations that cannot be evaluated here: {named}; run it with Core ML, on a Mac"
+        )
     with quiet_coremltools():
         from coremltools.converters.mil.frontend.milproto.load import load
 
