@@ -16,7 +16,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.no_grad():
-            yield next(model.parameters()).device
+            yield next((p.device for p in model.parameters()), torch.device("cpu"))
     finally:
         model.train(modes[0][1])  # an exported graph has more to switch than a flag
         for module, training in modes:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from edge_ibtm.errors import GateError, UsageError
+from edge_ibtm.modes import evaluating
 from edge_ibtm.targets.common import Artifact, check_example, first_line
 
 
@@ -73,9 +74,10 @@ def verify(
 
 
 def run_reference(reference: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Outputs of an eager module, or of a captured graph in pieces of the batch it was captured with."""
+    """Outputs of an eager module in eval mode, or of a captured graph in pieces of the batch it was captured with."""
     if not isinstance(reference, torch.fx.GraphModule):
-        return _first(reference(images))
+        with evaluating(reference):
+            return _first(reference(images))
     inputs = [n for n in reference.graph.nodes if n.op == "placeholder"]
     size = inputs[0].meta["val"].shape[0] if "val" in inputs[0].meta else 1
     return torch.cat([_first(reference(piece)) for piece in images.split(int(size))])
