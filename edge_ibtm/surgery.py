@@ -6,7 +6,8 @@ on the model besides modules, parameters and buffers, so it can be exported as o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,8 @@ def insert_mergers(
     MobileViT has "progressive" too: its blocks merge a bit in each of their first two layers, between attention and MLP
     (a single ratio is what both leave; the list 0.7, 1, 0.7, 1, ... merges at once in the first), and restore at their end.
 
-    Raises UsageError for an unknown name, a ratio outside (0, 1], a pair without meaning, or a model without tokens.
+    Raises UsageError for an unknown name, a ratio outside (0, 1], a pair without meaning, or a model without tokens; the
+    model then stays as it was, with the mergers it had.
     """
     family = family_of(model)
     layout = _choose("layout", layout, family.layouts, family.name)
@@ -76,20 +78,31 @@ def insert_mergers(
     check_merger(merger, layout, family.attention(model))
     settings = Settings(merger, keep_ratio, layout, density, _classes(model))
     _check_ratios(keep_ratio)
-    remove_mergers(model)
-    if macs is not None:
-        settings = solve_keep_ratio(model, family, settings, macs, img_size)
-    _insert(model, family, settings)
+    with _put_back_on_failure(model):
+        remove_mergers(model)
+        if macs is not None:
+            settings = solve_keep_ratio(model, family, settings, macs, img_size)
+        _insert(model, family, settings)
     return model
+
+
+@contextmanager
+def _put_back_on_failure(model: nn.Module) -> Iterator[None]:
+    """Whatever fails inside leaves every module where it was, mergers with their parameters included."""
+    before = [(module, type(module), dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, children in before:
+            module.__class__ = kind
+            module._modules.clear()
+            module._modules.update(children)
+        raise
 
 
 def _insert(model: nn.Module, family: Family, settings: Settings) -> None:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
-    try:
-        family.insert(model, settings)
-    except UsageError:
-        remove_mergers(model)
-        raise
+    family.insert(model, settings)
     sites = sites_of(model)
     if not sites:
         raise UsageError(f"{type(model).__name__} has no place for a merge site: no {family.name} stage with attention")
@@ -114,7 +127,7 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
 
 
 def merge_trace(model: nn.Module, images: Tensor) -> list[SiteTrace]:
-    """Which token went where with what weight: one SiteTrace for each site that ran, for images [B, 3, H, W].
+    """Which token went where with what weight: one SiteTrace for each site that ran, for images [B, 3, H, W], in eval mode.
 
     Raises UsageError when the model has no sites.
     """
@@ -127,7 +140,7 @@ def merge_trace(model: nn.Module, images: Tensor) -> list[SiteTrace]:
         for name, site in sites.items()
     ]
     try:
-        with torch.no_grad():
+        with evaluating(model):
             model(images)
     finally:
         for handle in handles:
@@ -138,8 +151,7 @@ def merge_trace(model: nn.Module, images: Tensor) -> list[SiteTrace]:
 def schedule(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> list[Step]:
     """The steps of a merged model, site by site, for images of img_size pixels (a side, or height and width)."""
     sites = sites_of(model)
-    with evaluating(model):
-        seen = merge_trace(model, blank_image(model, img_size))
+    seen = merge_trace(model, blank_image(model, img_size))
     return [Step(t.path, sites[t.path].keep_ratio, *reversed(t.assignment.shape[1:])) for t in seen]
 
 
