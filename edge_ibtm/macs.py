@@ -18,13 +18,11 @@ from .modes import evaluating
 
 
 def default_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the images a model is made for, in pixels, from its timm configuration."""
-    inner: Any = getattr(model, "model", model)
-    patch = getattr(inner, "patch_embed", None)
-    if patch is not None and getattr(patch, "img_size", None):
-        height, width = patch.img_size
-    else:
-        _, height, width = (getattr(inner, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+    """Height and width of the images a model is made for, in pixels, from its timm configuration, wherever it is wrapped."""
+    parts: list[Any] = list(model.modules())
+    fixed = next((size for m in parts if (size := getattr(getattr(m, "patch_embed", None), "img_size", None))), None)
+    config: Any = next((c for m in parts if (c := getattr(m, "pretrained_cfg", None))), {})
+    height, width = fixed or config.get("input_size", (3, 224, 224))[1:]
     return int(height), int(width)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from .backbones import Family, Settings, family_of
 from .errors import UsageError, lookup
 from .macs import blank_image, solve_keep_ratio
-from .mergers import check_merger
+from .mergers import check_merger, classes_of
+from .mergers.ibtm import IBTM
 from .modes import evaluating
 from .site import Merged, Site
 from .tokens import check_ratio
@@ -57,6 +59,7 @@ def insert_mergers(
     layout: str = "auto",
     density: str = "auto",
     img_size: int | None = None,
+    classes: int | None = None,
 ) -> nn.Module:
     """Put merge sites into a timm model, in place, and return it.
 
@@ -66,6 +69,7 @@ def insert_mergers(
     (default: the model's own). layout: sequence, grid or auto; density: how often to match, block, stage, once or auto;
     MobileViT has "progressive" too: its blocks merge a bit in each of their first two layers, between attention and MLP
     (a single ratio is what both leave; the list 0.7, 1, 0.7, 1, ... merges at once in the first), and restore at their end.
+    classes: of the labels that IBTM is to learn from (default: as many as the model, or the head around it, tells apart).
 
     Raises UsageError for an unknown name, a ratio outside (0, 1], a pair without meaning, or a model without tokens; the
     model then stays as it was, with the mergers it had.
@@ -76,7 +80,7 @@ def insert_mergers(
     if density == "once" and layout == "sequence" and family.layouts[0] == "grid":
         raise UsageError(f"density 'once' merges the map of {family.name} for good and needs layout='grid'")
     check_merger(merger, layout, family.attention(model))
-    settings = Settings(merger, keep_ratio, layout, density, _classes(model))
+    settings = Settings(merger, keep_ratio, layout, density, _classes(model, merger, classes))
     _check_ratios(keep_ratio)
     with _put_back_on_failure(model):
         remove_mergers(model)
@@ -179,6 +183,22 @@ def _check_ratios(keep_ratio: float | Sequence[float]) -> None:
         check_ratio(ratio)
 
 
-def _classes(model: nn.Module) -> int:
-    inner = getattr(model, "model", model)
-    return int(getattr(model, "num_classes", getattr(inner, "num_classes", 0)) or 0)
+def _classes(model: nn.Module, merger: str, given: int | None) -> int:
+    """How many classes the labels have: as given, or as the model shows. UsageError where a merger has to know and cannot."""
+    if given is not None and (not isinstance(given, int) or given < 1):
+        raise UsageError(f"classes is {given!r}; give the number of classes of the labels, at least 1")
+    found = given or _classes_of(model)
+    if not found and any(issubclass(kind, IBTM) for kind in classes_of(merger)):
+        raise UsageError(
+            f"{type(model).__name__} does not show how many classes it tells apart, which merger {merger!r} has to know; "
+            "give classes=N, the number of classes of the labels"
+        )
+    return found
+
+
+def _classes_of(model: nn.Module) -> int:
+    """What the timm model says, wherever it is wrapped; where it has no head, the outputs of the last linear around it."""
+    backbones: list[Any] = [m for m in model.modules() if hasattr(m, "num_classes")]
+    inside = {m for backbone in backbones for m in backbone.modules()}
+    heads = [m.out_features for m in model.modules() if isinstance(m, nn.Linear) and backbones and m not in inside]
+    return int(next((b.num_classes for b in backbones if b.num_classes), heads[-1] if heads else 0))

@@ -49,11 +49,11 @@ def test_a_surgery_that_fails_leaves_the_mergers_of_before(family: str, density:
 
 def test_a_features_only_model_keeps_its_merger_too() -> None:
     model = timm.create_model("mobilevit_xxs", features_only=True).eval()
-    edge_ibtm.insert_mergers(model, density="once")
+    edge_ibtm.insert_mergers(model, merger="tome", density="once")
     images, sites = torch.randn(1, 3, 64, 64), sites_of(model)
     expected = model(images)
     with pytest.raises(UsageError, match="0.1"):
-        edge_ibtm.insert_mergers(model, keep_ratio=0.1)
+        edge_ibtm.insert_mergers(model, merger="tome", keep_ratio=0.1)
     assert sites_of(model) == sites and all(torch.equal(a, b) for a, b in zip(model(images), expected))
 
 
@@ -67,3 +67,47 @@ def test_a_trace_of_a_model_in_training_mode_changes_nothing() -> None:
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(torch.equal(a.assignment, b.assignment) for a, b in zip(expected, got, strict=True))
+
+
+def ibtm_classes(model: nn.Module, **options: object) -> set[tuple[int, ...]]:
+    edge_ibtm.insert_mergers(model, **options)  # type: ignore[arg-type]
+    return {tuple(site.merger.information.likelihood.shape) for site in sites_of(model).values()}  # type: ignore[union-attr]
+
+
+class OwnHead(nn.Module):
+    def __init__(self, backbone: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.head, self.backbone = nn.Sequential(nn.Linear(width, 16), nn.Linear(16, classes)), backbone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(images))
+
+
+WRAPPED = {
+    "itself": lambda: tiny(num_classes=37),
+    "DataParallel": lambda: nn.DataParallel(tiny(num_classes=37)),
+    "AveragedModel": lambda: torch.optim.swa_utils.AveragedModel(tiny(num_classes=37)),
+    "a linear behind it": lambda: nn.Sequential(tiny(num_classes=0), nn.Linear(192, 37)),
+    "a head of its own": lambda: OwnHead(tiny(num_classes=0), 192, 37),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_model_has_its_classes_and_its_image_size(kind: str) -> None:
+    model, bare = WRAPPED[kind](), tiny(num_classes=37)
+    assert edge_ibtm.count_macs(model) == pytest.approx(edge_ibtm.count_macs(bare), rel=0.01)
+    assert ibtm_classes(model) == {(37, 37)}
+    assert model(torch.randn(2, 3, 48, 48)).shape == (2, 37)
+
+
+def test_where_no_classes_show_they_have_to_be_given() -> None:
+    for model in (tiny(num_classes=0), timm.create_model("mobilevit_xxs", features_only=True)):
+        text = str(model)
+        with pytest.raises(UsageError, match="'ibtm' has to know; give classes=N"):
+            edge_ibtm.insert_mergers(model)
+        assert str(model) == text and sites_of(edge_ibtm.insert_mergers(model, merger="tome"))
+        assert ibtm_classes(model, classes=37) == {(37, 37)}
+    for wrong in (0, 2.5):
+        with pytest.raises(UsageError, match=f"classes is {wrong}"):
+            edge_ibtm.insert_mergers(tiny(), classes=wrong)  # type: ignore[arg-type]
