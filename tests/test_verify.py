@@ -10,7 +10,7 @@ import torch
 from edge_ibtm import insert_mergers
 from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.targets import lower
-from edge_ibtm.verify import verify
+from edge_ibtm.verify import Limits, compare_outputs, verify
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +29,10 @@ def test_a_model_in_training_mode_is_judged_in_eval_mode_and_left_as_it_was(lowe
     assert verify(training, artifact, images).sqnr_db >= 100
     assert all(module.training for module in training.modules())
     assert all(torch.equal(before[name], value) for name, value in training.state_dict().items())
+
+
+@pytest.mark.parametrize(("errors", "median"), [([1e-3, 1e-1], 40), ([1e-3, 1e-1, 1e-2], 40), ([1e-1, 1e-2, 1e-3, 1e-4], 50)])
+def test_the_median_of_an_even_number_of_images_is_the_mean_of_both_middles(errors, median):
+    wanted = torch.ones(len(errors), 4)
+    verdict = compare_outputs(wanted, wanted + torch.tensor(errors)[:, None], Limits(sqnr_db=None, sqnr_median_db=39))
+    assert verdict.sqnr_median_db == pytest.approx(median, abs=0.01) and verdict.ok
