@@ -232,16 +232,6 @@ def test_all_images_of_a_verification_go_through_one_process(vit, lowered, monke
     assert len(started) == 1
 
 
-@pytest.mark.slow
-def test_vulkan_lowers_and_says_that_it_cannot_run_here(vit, tmp_path):
-    model, size = vit
-    x = torch.randn(1, 3, size, size)
-    artifact = lower(model, x, tmp_path / "v.pte", target="vulkan")
-    assert artifact.delegated > 0 and not TARGETS["vulkan"].loads_here
-    with pytest.raises(UsageError, match="VulkanBackend"):
-        run_pte(artifact.path, x)
-
-
 def test_lean_leaves_no_trace():
     from executorch.exir import pass_base
     from torch._export.verifier import Verifier
