@@ -165,16 +165,13 @@ class GridPlan:
 
     def matrix(self) -> Tensor:
         """S [B, H' * W', H * W], for traces and tests."""
-        batch = self._batch()
-        tokens = self.grid[0] * self.grid[1]
-        eye = torch.eye(self.kept[0] * self.kept[1]).expand(batch, -1, -1)
-        return self.copy(eye).reshape(batch, tokens, -1).transpose(1, 2)
-
-    def _batch(self) -> int:
         if self.rows is not None:
-            return self.rows.share.shape[0] // (self.grid[0] * self.cuts[1])
-        assert self.columns is not None
-        return self.columns.share.shape[0] // (self.grid[1] * self.cuts[0])
+            share, lines = self.rows.share, self.grid[0] * self.cuts[1]
+        else:
+            assert self.columns is not None
+            share, lines = self.columns.share, self.grid[1] * self.cuts[0]
+        ones = identity(self.kept[0] * self.kept[1], like=share).expand(share.shape[0] // lines, -1, -1)
+        return self.copy(ones).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -195,10 +192,15 @@ class PrefixPlan:
 
     def matrix(self) -> Tensor:
         inner = self.inner.matrix()
-        return torch.stack([torch.block_diag(torch.eye(self.prefix), one) for one in inner])
+        return torch.stack([torch.block_diag(identity(self.prefix, like=one), one) for one in inner])
 
 
 Plan = DensePlan | IndexPlan | GridPlan | PrefixPlan
+
+
+def identity(count: int, like: Tensor) -> Tensor:
+    """The matrix [count, count] that leaves tokens where they are, in the type and on the device of `like`."""
+    return torch.eye(count, dtype=like.dtype, device=like.device)
 
 
 def fold_rows(x: Tensor, grid: tuple[int, int], cuts: int) -> Tensor:

@@ -20,6 +20,7 @@ from .macs import blank_image, solve_keep_ratio
 from .mergers import check_merger, classes_of
 from .mergers.ibtm import IBTM
 from .modes import evaluating
+from .plan import identity
 from .site import Merged, Site
 from .tokens import check_ratio
 
@@ -161,7 +162,7 @@ def schedule(model: nn.Module, img_size: int | tuple[int, int] | None = None) ->
 
 def _matrix(merged: Merged) -> Tensor:
     if merged.plan is None:
-        return torch.eye(merged.x.shape[1]).expand(merged.x.shape[0], -1, -1)
+        return identity(merged.x.shape[1], like=merged.x).expand(merged.x.shape[0], -1, -1)
     return merged.plan.matrix()
 
 

@@ -111,3 +111,13 @@ def test_where_no_classes_show_they_have_to_be_given() -> None:
     for wrong in (0, 2.5):
         with pytest.raises(UsageError, match=f"classes is {wrong}"):
             edge_ibtm.insert_mergers(tiny(), classes=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{"layout": "grid", "keep_ratio": 0.6}, {"keep_ratio": 1.0}, {"merger": "identity"}])
+def test_traces_of_models_that_are_not_float32(options: dict[str, object], dtype: torch.dtype) -> None:
+    for model, side in ((tiny(), 48), BACKBONES["mobilevit"].twin()):
+        edge_ibtm.insert_mergers(model.to(dtype), **options)  # type: ignore[arg-type]
+        for trace in edge_ibtm.merge_trace(model, torch.randn(2, 3, side, side, dtype=dtype)):
+            assert trace.assignment.dtype == dtype and trace.assignment.shape[0] == 2
+            assert (trace.assignment.sum(1) == 1).all()
