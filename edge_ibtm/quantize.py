@@ -45,11 +45,14 @@ def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int
 
 def images_of(batch: Any) -> torch.Tensor:
     """The images of a calibration batch: the batch itself, or the first of a tuple. UsageError unless they can set ranges."""
+    from edge_ibtm.targets.common import check_floating
+
     images = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(images, torch.Tensor):
         raise UsageError(f"a calibration batch must be a tensor of images, got {type(images).__name__}")
     if images.numel() == 0:
         raise UsageError(f"a calibration batch of shape {tuple(images.shape)} holds no image; leave it out")
+    check_floating(images)
     if not images.isfinite().all():
         raise UsageError("a calibration batch holds NaN or infinity, which no range spans; leave those images out")
     return images

@@ -140,6 +140,8 @@ def test_bad_requests(vit):
         quantize(model, batches[0])
     with pytest.raises(UsageError, match=r"of shape \(0, 3, 32, 32\) holds no image"):
         quantize(model, [batches[0][:0]])
+    with pytest.raises(UsageError, match="must be floating point, got torch.uint8 .* normalise"):
+        quantize(model, [torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
     with pytest.raises(UsageError, match="NaN or infinity"):
         quantize(model, [batches[0], batches[0] * float("nan")])
     with pytest.raises(UsageError, match=r"several shapes, \[\(3, 32, 32\), \(3, 48, 48\)\]"):

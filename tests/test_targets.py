@@ -119,6 +119,9 @@ def test_bad_files_and_inputs(lowered, tmp_path):
         run_pte(lowered.path, (x, x))
     with pytest.raises(UsageError, match="must be a tensor"):
         lower(nn.Linear(2, 2), [[1.0]], tmp_path / "x.pte")
+    for integers in (x.to(torch.uint8), (x.long(),)):
+        with pytest.raises(UsageError, match=r"floating point, got torch.\w+ of shape \(1, 3, 32, 32\).*normalise"):
+            lower(nn.Conv2d(3, 2, 1), integers, tmp_path / "x.pte")
     with pytest.raises(UsageError, match="xnnpack"):
         lower(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / "x.pte", target="xnpack")
     with pytest.raises(UsageError, match="the artifact takes"):  # not what the model says of them

@@ -12,7 +12,7 @@ from typing import Any
 
 from edge_ibtm.errors import UsageError, lookup
 from edge_ibtm.files import refuse_folder
-from edge_ibtm.targets.common import Artifact, check_example
+from edge_ibtm.targets.common import Artifact, check_example, check_floating
 
 __all__ = ["TARGETS", "Artifact", "Target", "lower"]
 
@@ -81,11 +81,14 @@ def lower(model: Any, example: Any, path: str | Path, *, target: str = "xnnpack"
     model: an eager module (rewritten first, `rewrite.prepare_for_export`; itself untouched) or a converted PT2E
     graph module. example: images [B, 3, H, W], or a tuple holding them; the artifact accepts this shape only.
     Raises UsageError for an unknown target, a path that is a folder or lacks the target's suffix, or an example of the
-    wrong kind, EdgeIBTMError when lowering fails. The file appears at `path` only when complete.
+    wrong kind or of integers, EdgeIBTMError when lowering fails. The file appears at `path` only when complete.
     """
     chosen, path = lookup("target", target, TARGETS), Path(path)
     if path.suffix != chosen.suffix:
         raise UsageError(f"target {target} writes {chosen.suffix} files, not {path.name!r}; name it *{chosen.suffix}")
     if target != "coreml":  # its packages are folders
         refuse_folder(path)
-    return chosen.lower(model, check_example(example), path, **options)
+    inputs = check_example(example)
+    for each in inputs:
+        check_floating(each)
+    return chosen.lower(model, inputs, path, **options)

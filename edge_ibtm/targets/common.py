@@ -45,6 +45,15 @@ def check_example(example: Any) -> tuple[torch.Tensor, ...]:
     return tuple(inputs)
 
 
+def check_floating(images: torch.Tensor) -> None:
+    """UsageError for images [B, C, H, W] of integers: models compute on normalised ones."""
+    if images.ndim == 4 and not images.is_floating_point():
+        raise UsageError(
+            f"images must be floating point, got {images.dtype} of shape {tuple(images.shape)}; first scale them to 0..1 "
+            "(images / 255) and normalise them as the model's training did"
+        )
+
+
 def is_captured(model: nn.Module) -> TypeGuard[torch.fx.GraphModule]:
     """Whether `model` is already a graph module (a converted PT2E model), not an eager one."""
     return isinstance(model, torch.fx.GraphModule)
