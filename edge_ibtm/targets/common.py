@@ -150,7 +150,10 @@ def write_program(program: Any, path: Path) -> None:
 
 
 def delegation(graph_module: torch.fx.GraphModule) -> tuple[int, int, int, dict[str, int]]:
-    """(subgraphs, delegated nodes, other nodes, {operator: nodes} of what was left out) of a lowered graph."""
+    """(subgraphs, delegated nodes, other nodes, {operator: nodes} of what was left out) of a lowered graph.
+
+    A getitem, which picks one output of a delegate or of an operator, is no instruction of the program and does not count.
+    """
     from executorch.devtools.backend_debug import get_delegation_info
 
     info = get_delegation_info(graph_module)
@@ -159,7 +162,7 @@ def delegation(graph_module: torch.fx.GraphModule) -> tuple[int, int, int, dict[
         for name, row in info.delegation_by_operator.items()
         if row.non_delegated and "getitem" not in name
     }
-    counts = info.num_delegated_subgraphs, info.num_delegated_nodes, info.num_non_delegated_nodes
+    counts = info.num_delegated_subgraphs, info.num_delegated_nodes, sum(left.values())
     return (*counts, dict(sorted(left.items(), key=lambda item: -item[1])))
 
 
