@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from numbers import Integral
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -55,6 +56,12 @@ def refuse(given: Mapping[str, object], why: str) -> None:
     typed = [option for option, value in given.items() if value is not None]
     if typed:
         raise UsageError(f"{', '.join(typed)}: {why}")
+
+
+def check_count(what: str, value: object) -> None:
+    """UsageError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise UsageError(f"{what} is {value!r}; give at least 1, a whole number")
 
 
 def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:

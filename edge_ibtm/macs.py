@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import Family, Settings
-from .errors import UsageError
+from .errors import UsageError, check_count
 from .modes import evaluating
 
 
@@ -29,7 +29,9 @@ def default_size(model: nn.Module) -> tuple[int, int]:
 def blank_image(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Tensor:
     """One black image [1, C, H, W] in the model's type, on its device; img_size: a side, or height and width."""
     size = default_size(model) if img_size is None else img_size
-    height, width = size if isinstance(size, tuple) else (size, size)
+    height, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+    for side in (height, width):
+        check_count("img_size", side)
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     like = next(model.parameters())
     return torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)

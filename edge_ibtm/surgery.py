@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import Family, Settings, family_of
-from .errors import UsageError, lookup
+from .errors import UsageError, check_count, lookup
 from .macs import blank_image, solve_keep_ratio
 from .mergers import check_merger, classes_of
 from .mergers.ibtm import IBTM
@@ -186,8 +186,8 @@ def _check_ratios(keep_ratio: float | Sequence[float]) -> None:
 
 def _classes(model: nn.Module, merger: str, given: int | None) -> int:
     """How many classes the labels have: as given, or as the model shows. UsageError where a merger has to know and cannot."""
-    if given is not None and (not isinstance(given, int) or given < 1):
-        raise UsageError(f"classes is {given!r}; give the number of classes of the labels, at least 1")
+    if given is not None:
+        check_count("classes", given)
     found = given or _classes_of(model)
     if not found and any(issubclass(kind, IBTM) for kind in classes_of(merger)):
         raise UsageError(

@@ -12,6 +12,7 @@ arXiv 2210.09461, section 3).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -62,7 +63,10 @@ def kept_tokens(tokens: int, keep_ratio: float, prefix: int = 0) -> int:
 
 def check_ratio(keep_ratio: float) -> None:
     """Raise UsageError unless 0 < keep_ratio <= 1."""
-    if not (isinstance(keep_ratio, int | float) and 0 < keep_ratio <= 1):
+    if not isinstance(keep_ratio, Real):  # numpy's numbers are
+        kind = type(keep_ratio).__name__
+        raise UsageError(f"keep ratio {keep_ratio!r} is a {kind}; give a number in (0, 1], or a list with one a site")
+    if not 0 < float(keep_ratio) <= 1:
         raise UsageError(f"keep ratio {keep_ratio!r} is outside (0, 1]; 0.7 keeps 70 % of the tokens")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -54,8 +56,15 @@ def test_a_swin_block_changes_merged_tokens_and_copies_them_back(keep_ratio: flo
     assert all(kept or torch.equal(a, b) for kept, a, b in zip(whole, dropped, before))
 
 
-@pytest.mark.parametrize("asked", [{"num_classes": 0}, {"num_classes": -3}, {"img_size": 0}, {"img_size": -64}])
-def test_a_model_without_classes_or_pixels_is_refused(asked: dict[str, int]) -> None:
-    (name, value), = asked.items()
-    with pytest.raises(UsageError, match=f"{name} is {value}; give at least 1"):
-        edge_ibtm.build_model("mobilevit_xxs", **asked)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("num_classes", v) for v in (0, -3, 2.5, None)), *(("img_size", v) for v in (0, -64, (64, 64), True))],
+)
+def test_a_model_without_classes_or_pixels_is_refused(name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"{name} is {value}; give at least 1, a whole number")):
+        edge_ibtm.build_model("mobilevit_xxs", **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_name_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown model None; known: "):
+        edge_ibtm.build_model(None)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from torch import nn
 
 import edge_ibtm
 from edge_ibtm.backbones import BACKBONES, family_of
+from edge_ibtm.errors import UsageError
 from edge_ibtm.macs import analytic_macs, transformer_block_macs
 from edge_ibtm.surgery import schedule
 
@@ -76,7 +77,11 @@ def test_the_account_by_shapes_agrees_with_the_counter(name: str) -> None:
 def test_oblong_images_and_training_mode() -> None:
     model, _ = BACKBONES["mobilevit"].twin()
     assert edge_ibtm.count_macs(model.train(), (128, 64)) < edge_ibtm.count_macs(model, 128)
+    assert edge_ibtm.count_macs(model, [128, 64]) == edge_ibtm.count_macs(model, (128, 64))  # type: ignore[arg-type]
     assert model.training
+    for wrong in (0, 64.5, "64", (64, 0), (64, 64, 64)):
+        with pytest.raises(UsageError, match="img_size is .*; give at least 1, a whole number"):
+            edge_ibtm.count_macs(model, wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"img_size": (32, 64)}, {"in_chans": 1}, {"global_pool": "map", "class_token": False}])

@@ -245,7 +245,7 @@ def test_odd_and_oblong_images(name: str, size: tuple[int, int]) -> None:
         ({"keep_ratio": 1.2}, "outside"),
         ({"keep_ratio": 0.1}, "at least 0.25"),
         ({"keep_ratio": [0.7, 0.2, 0.7]}, "keep ratio 0.2 cannot be met by a grid"),
-        ({"keep_ratio": "0.7"}, "keep ratio '0.7' is outside"),
+        ({"keep_ratio": "0.7"}, "keep ratio '0.7' is a str; give a number"),
         ({"keep_ratio": [0.7, 0.7]}, "2 keep ratios for 3 sites"),
         ({"merger": "tomee"}, "did you mean 'tome'"),
         ({"merger": "evit"}, "no meaning in the grid layout; these have"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -195,12 +196,19 @@ def test_short_lines_are_exported_with_the_same_merges(length: int, ordered: boo
         assert torch.equal(route.slot, wanted.slot) and torch.equal(route.matrix(), wanted.matrix())
 
 
-@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan"), "a"])
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan")])
 def test_ratios_outside_are_refused(ratio: float) -> None:
     with pytest.raises(UsageError, match="outside"):
         tokens.kept_tokens(10, ratio)
     with pytest.raises(UsageError, match="outside"):
         tokens.kept_grid(8, 8, ratio)
+
+
+def test_a_ratio_is_any_real_number_and_nothing_else() -> None:
+    assert tokens.kept_tokens(10, np.float32(0.7)) == tokens.kept_tokens(10, np.float64(0.7)) == 7
+    for array in (np.array([0.7]), torch.tensor(0.7), "a"):
+        with pytest.raises(UsageError, match=f"is a {type(array).__name__}; give a number in"):
+            tokens.kept_tokens(10, array)  # type: ignore[arg-type]
 
 
 def test_what_one_matching_cannot_reach_is_refused() -> None:

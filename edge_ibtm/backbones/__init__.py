@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import EdgeIBTMError, UsageError, suggest
+from ..errors import EdgeIBTMError, UsageError, check_count, suggest
 from .common import Family, Settings
 from .efficientvit import EFFICIENTVIT
 from .mobilevit import MOBILEVIT
@@ -44,8 +44,8 @@ def check_name(name: str) -> None:
     """UsageError unless timm knows a model of this name."""
     import timm
 
-    if not timm.is_model(name):
-        raise UsageError(f"unknown model {name!r}; {suggest(name.split('.')[0], model_names())}")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise UsageError(f"unknown model {name!r}; {suggest(str(name).split('.')[0], model_names())}")
 
 
 def build_model(
@@ -58,8 +58,8 @@ def build_model(
     position embeddings or windows of fixed size (ViT, Swin). Raises UsageError for what cannot be built as asked.
     """
     for what, value in (("num_classes", num_classes), ("img_size", img_size)):
-        if value is not None and value < 1:
-            raise UsageError(f"{what} is {value}; give at least 1")
+        if value is not None or what == "num_classes":
+            check_count(what, value)
     check_name(name)
     import timm
 
