@@ -139,6 +139,8 @@ def test_bad_requests() -> None:
         probe("merged.coreml.fp16.mlpackage", None)
     with pytest.raises(UsageError, match="nothing to probe"):
         probe_many([], torch.zeros(1))
+    with pytest.raises(UsageError, match="no such file: /no/p.pte"):
+        probe_many("/no/p.pte", torch.zeros(1))
     with pytest.raises(UsageError, match="threads = 0"):
         probe(torch.nn.Identity(), torch.zeros(1), threads=0)
 
@@ -147,6 +149,8 @@ def test_models_in_torch() -> None:
     small, large = torch.nn.Linear(8, 8), torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(12)])
     before = torch.get_num_threads()
     run = probe_many([small, small], torch.zeros(4, 8), threads=1, device="torch", options=QUICK)
+    alone = probe_many(torch.nn.Sequential(small, small), torch.zeros(4, 8), threads=1, device="torch", options=QUICK)
+    assert [r.model for r in alone.results] == ["Sequential-eager"]
     assert [r.model for r in run.results] == ["Linear-eager", "Linear-eager#2"]
     slow = probe(large, torch.zeros(256, 512), threads=1, options=QUICK)
     assert slow.p50_ms > run.results[0].p50_ms

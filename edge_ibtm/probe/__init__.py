@@ -73,8 +73,11 @@ def probe_many(
 ) -> ProbeRun:
     """Probe several artifacts, or several models, round-robin in one run; ratios are against the first.
 
-    example: inputs that all of them take, or a list with one tensor or tuple for each. Otherwise as `probe`.
+    example: inputs that all of them take, or a list with one tensor or tuple for each. Otherwise as `probe`. A lone
+    artifact or model is taken as a list of one.
     """
+    if not isinstance(artifacts_or_models, (list, tuple)):
+        artifacts_or_models = [artifacts_or_models]
     options = options or ProbeOptions()
     if not artifacts_or_models:
         raise UsageError("nothing to probe: give at least one artifact or model")
