@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -31,16 +32,26 @@ def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int
     (linear layers only, activations measured at run time, norms smoothed), "mixed" (int8, the worst layers left in float),
     "auto" (int8_dynamic for what is nearly all linear layers, as ViTs and Swins are, else int8).
     """
+    from edge_ibtm.targets.common import check_alike
+
     convert = lookup("quantization scheme", scheme, SCHEMES)
-    if isinstance(calibration, torch.Tensor):
-        raise UsageError(f"calibration is one tensor {tuple(calibration.shape)}; give a list of batches, such as [images]")
+    _check_options(scheme, options)
+    if isinstance(calibration, torch.Tensor) or not isinstance(calibration, Iterable):
+        given = f"one tensor {tuple(calibration.shape)}" if isinstance(calibration, torch.Tensor) else repr(calibration)
+        raise UsageError(f"calibration is {given}; give a list of batches, such as [images]")
     batches = [images_of(batch) for batch in calibration]
     if not batches:
         raise UsageError("quantization needs at least one calibration batch, got none")
-    sizes = {tuple(images.shape[1:]) for images in batches}
-    if len(sizes) > 1:
-        raise UsageError(f"calibration images are of several shapes, {sorted(sizes)}; give all in the one to be lowered")
+    check_alike(batches, "calibration images")
     return convert(model, batches, **options)
+
+
+def _check_options(scheme: str, options: dict[str, Any]) -> None:
+    known = [p.name for p in signature(SCHEMES[scheme]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    strange = [name for name in options if name not in known]
+    if strange:
+        has = f"it has {', '.join(known)}" if known else "leave it out"
+        raise UsageError(f"scheme {scheme!r} has no option {', '.join(strange)}; {has}")
 
 
 def images_of(batch: Any) -> torch.Tensor:
@@ -52,6 +63,8 @@ def images_of(batch: Any) -> torch.Tensor:
         raise UsageError(f"a calibration batch must be a tensor of images, got {type(images).__name__}")
     if images.numel() == 0:
         raise UsageError(f"a calibration batch of shape {tuple(images.shape)} holds no image; leave it out")
+    if images.ndim != 4:
+        raise UsageError(f"a calibration batch has shape {tuple(images.shape)}; give images [B, 3, H, W], one as image[None]")
     check_floating(images)
     if not images.isfinite().all():
         raise UsageError("a calibration batch holds NaN or infinity, which no range spans; leave those images out")

@@ -12,7 +12,7 @@ from torch import nn
 
 from edge_ibtm.errors import GateError, UsageError
 from edge_ibtm.modes import evaluating
-from edge_ibtm.targets.common import Artifact, check_example, first_line
+from edge_ibtm.targets.common import Artifact, check_alike, check_example, first_line
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ def verify(
     if any(x.numel() == 0 for x in check_example(batches)):
         shapes = [list(x.shape) for x in batches]
         raise UsageError(f"nothing to compare on: inputs of {shapes}; give at least one image")
+    check_alike(batches, "images to compare on")
+    if not isinstance(limits, Limits | None):
+        raise UsageError(f"limits is {limits!r}; give a Limits of edge_ibtm.verify, such as Limits(sqnr_db=60)")
     run = runner_of(path, isolated=isolated)
     with torch.no_grad():
         got = run(torch.cat(batches))  # first: it says which shape it takes

@@ -142,6 +142,15 @@ def test_bad_requests(vit):
         quantize(model, [batches[0][:0]])
     with pytest.raises(UsageError, match="must be floating point, got torch.uint8 .* normalise"):
         quantize(model, [torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+    for calibration in (None, 3):
+        with pytest.raises(UsageError, match=f"calibration is {calibration}; give a list of batches"):
+            quantize(model, calibration)
+    with pytest.raises(UsageError, match=r"has shape \(3, 32, 32\); give images \[B, 3, H, W\]"):
+        quantize(model, [batches[0][0]])
+    with pytest.raises(UsageError, match="'int8' has no option min_sqnr; leave it out"):
+        quantize(model, batches, min_sqnr=3)
+    with pytest.raises(UsageError, match="'mixed' has no option mots; it has min_sqnr, most"):
+        quantize(model, batches, scheme="mixed", mots=3)
     with pytest.raises(UsageError, match="NaN or infinity"):
         quantize(model, [batches[0], batches[0] * float("nan")])
     with pytest.raises(UsageError, match=r"several shapes, \[\(3, 32, 32\), \(3, 48, 48\)\]"):

@@ -9,6 +9,7 @@ import torch
 
 from edge_ibtm import insert_mergers
 from edge_ibtm.backbones import BACKBONES
+from edge_ibtm.errors import UsageError
 from edge_ibtm.targets import lower
 from edge_ibtm.verify import Limits, compare_outputs, verify
 
@@ -36,3 +37,11 @@ def test_the_median_of_an_even_number_of_images_is_the_mean_of_both_middles(erro
     wanted = torch.ones(len(errors), 4)
     verdict = compare_outputs(wanted, wanted + torch.tensor(errors)[:, None], Limits(sqnr_db=None, sqnr_median_db=39))
     assert verdict.sqnr_median_db == pytest.approx(median, abs=0.01) and verdict.ok
+
+
+def test_images_and_limits_that_do_not_fit(lowered):
+    model, artifact, images = lowered
+    with pytest.raises(UsageError, match=r"several shapes, \[\(3, 16, 32\), \(3, 32, 32\)\]; give all in the one"):
+        verify(model, artifact, [images, images[..., :16, :]])
+    with pytest.raises(UsageError, match=r"limits is \{'sqnr_db': 3\}; give a Limits"):
+        verify(model, artifact, images, limits={"sqnr_db": 3})

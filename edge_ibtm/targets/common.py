@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,13 @@ def check_floating(images: torch.Tensor) -> None:
             f"images must be floating point, got {images.dtype} of shape {tuple(images.shape)}; first scale them to 0..1 "
             "(images / 255) and normalise them as the model's training did"
         )
+
+
+def check_alike(batches: Sequence[torch.Tensor], what: str) -> None:
+    """UsageError unless the images of all batches are of one shape."""
+    shapes = sorted({tuple(images.shape[1:]) for images in batches})
+    if len(shapes) > 1:
+        raise UsageError(f"{what} are of several shapes, {shapes}; give all in the one of the artifact")
 
 
 def is_captured(model: nn.Module) -> TypeGuard[torch.fx.GraphModule]:
