@@ -52,7 +52,7 @@ def checked(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         yield images, labels if labels.is_floating_point() else labels.long()
 
 
-def classes_of(labels: Tensor, classes: int) -> Tensor:
+def class_numbers(labels: Tensor, classes: int) -> Tensor:
     """Labels [b], of distributions [b, classes] the likeliest. Errors: UsageError outside 0 .. classes - 1."""
     labels = labels.argmax(-1) if _is_distribution(labels) else labels
     low, high = int(labels.min()), int(labels.max())

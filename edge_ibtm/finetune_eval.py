@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from edge_ibtm.errors import UsageError
-from edge_ibtm.finetune_batches import checked, classes_of
+from edge_ibtm.finetune_batches import checked, class_numbers
 from edge_ibtm.finetune_data import as_dataset
 from edge_ibtm.modes import evaluating
 from edge_ibtm.statistics import all_sum
@@ -56,7 +56,7 @@ def evaluate(
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         for images, labels in evaluation_batches(data, batch_size, accelerator):
             logits = model(images.to(device)).float()
-            labels = classes_of(labels, logits.shape[-1]).to(device)
+            labels = class_numbers(labels, logits.shape[-1]).to(device)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             correct = (logits.argmax(-1) == labels).sum()
             counts += torch.stack([correct.double(), loss.double(), counts.new_tensor(len(labels))])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edge_ibtm.errors import EdgeIBTMError
 from edge_ibtm.finetune import Data, EpochMetrics, FinetuneConfig, History, Progress
-from edge_ibtm.finetune_batches import classes_of
+from edge_ibtm.finetune_batches import class_numbers
 from edge_ibtm.finetune_checkpoint import MetricsLog, load_checkpoint, restore, save_checkpoint, state_of
 from edge_ibtm.finetune_data import Plan, as_dataset, epoch_batches, sample_batches, seed_everything
 from edge_ibtm.finetune_eval import evaluate
@@ -205,7 +205,7 @@ class Run:
             classes: int = classifier_of(self.raw).out_features  # type: ignore[assignment]
             self.clusters = fit_clusters(
                 features,
-                classes_of(labels, classes),
+                class_numbers(labels, classes),
                 classes,
                 count=config.ib_clusters,
                 reduce=all_sum(self.accelerator),
@@ -289,7 +289,7 @@ class Run:
             logits = self.model(images)
         ib = None
         if self.clusters is not None:
-            ib = ib_term(kept[0], classes_of(labels, logits.shape[-1]), self.clusters, self.config.ib_conditional)
+            ib = ib_term(kept[0], class_numbers(labels, logits.shape[-1]), self.clusters, self.config.ib_conditional)
         return training_loss(self.weights, logits, targets, teacher_logits, ib)
 
     def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edge_ibtm.errors import UsageError
-from edge_ibtm.finetune_batches import classes_of
+from edge_ibtm.finetune_batches import class_numbers
 from edge_ibtm.information import ib_bound, soft_assign
 from edge_ibtm.statistics import Clusters
 
@@ -23,7 +23,7 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
         return labels
     if labels.ndim == 2:
         raise UsageError(f"labels are distributions over {labels.shape[1]} classes, the model has {classes}")
-    classes_of(labels, classes)
+    class_numbers(labels, classes)
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 

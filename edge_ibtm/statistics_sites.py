@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edge_ibtm.finetune_batches import classes_of
+from edge_ibtm.finetune_batches import class_numbers
 from edge_ibtm.mergers import IBStep
 from edge_ibtm.modes import evaluating
 from edge_ibtm.statistics import all_sum, fit_clusters
@@ -64,7 +64,7 @@ def refresh_mask_buffers(
         for images, y in batches:
             model(images.to(device))
             labels.append(y.to(device))
-    y = classes_of(torch.cat(labels), next(iter(steps.values())).likelihood.shape[1])
+    y = class_numbers(torch.cat(labels), next(iter(steps.values())).likelihood.shape[1])
     for name, step in steps.items():
         if kept[name]:
             _fill(step, torch.cat(kept[name]), y, clusters, accelerator)

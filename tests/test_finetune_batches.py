@@ -21,7 +21,7 @@ from torch.utils.data import (
 from edge_ibtm import insert_mergers
 from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.finetune import finetune
-from edge_ibtm.finetune_batches import checked, classes_of
+from edge_ibtm.finetune_batches import checked, class_numbers
 from edge_ibtm.finetune_data import as_dataset
 from edge_ibtm.finetune_eval import evaluate
 
@@ -107,7 +107,7 @@ def test_distributions_train_with_ibtm_and_are_evaluated_by_their_likeliest_clas
     history = finetune(model, soft, soft, config)
     assert history.epochs[0].losses["ib_bound"] == history.epochs[0].losses["ib_bound"]
     assert history.top1 == evaluate(model, hard).top1
-    assert classes_of(torch.tensor([[0.1, 0.9]]), 2).tolist() == [1]
+    assert class_numbers(torch.tensor([[0.1, 0.9]]), 2).tolist() == [1]
 
 
 def test_a_teacher_that_is_the_model_or_has_other_classes_is_refused() -> None:
