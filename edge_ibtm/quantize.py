@@ -43,6 +43,9 @@ def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int
     if not batches:
         raise UsageError("quantization needs at least one calibration batch, got none")
     check_alike(batches, "calibration images")
+    shape = tuple(batches[0].shape)
+    if len(shape) != 4 and any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        raise UsageError(f"a calibration batch has shape {shape}; give images [B, 3, H, W], a single one as image[None]")
     return convert(model, batches, **options)
 
 
@@ -63,8 +66,6 @@ def images_of(batch: Any) -> torch.Tensor:
         raise UsageError(f"a calibration batch must be a tensor of images, got {type(images).__name__}")
     if images.numel() == 0:
         raise UsageError(f"a calibration batch of shape {tuple(images.shape)} holds no image; leave it out")
-    if images.ndim != 4:
-        raise UsageError(f"a calibration batch has shape {tuple(images.shape)}; give images [B, 3, H, W], one as image[None]")
     check_floating(images)
     if not images.isfinite().all():
         raise UsageError("a calibration batch holds NaN or infinity, which no range spans; leave those images out")
