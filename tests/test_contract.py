@@ -61,9 +61,10 @@ def test_contract(family: str, merger: str, layout: str, density: str) -> None:
             assert torch.allclose(output, expected, atol=1e-6)
         else:
             assert not torch.allclose(output, expected, atol=1e-6)
-        scale = output.abs().max()
-        assert torch.allclose(model(images[1:2]), output[1:2], atol=1e-4 * scale, rtol=0)
-        assert torch.allclose(model(images.flip(0)), output.flip(0), atol=1e-4 * scale, rtol=0)
+        exact, doubled = copy.deepcopy(model).double(), images.double()  # in float32 the batch size may decide a near tie
+        whole, scale = exact(doubled), output.abs().max()
+        assert torch.allclose(exact(doubled[1:2]), whole[1:2], atol=1e-4 * scale, rtol=0)
+        assert torch.allclose(exact(doubled.flip(0)), whole.flip(0), atol=1e-4 * scale, rtol=0)
         _check_traces(model, images, merger)
         options = {"merger": merger, "keep_ratio": ratio, "layout": layout, "density": density}
         again = edge_ibtm.insert_mergers(copy.deepcopy(model), **options)  # type: ignore[arg-type]
