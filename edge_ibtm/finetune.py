@@ -187,13 +187,11 @@ def finetune(
 
 def _check_data(train: Data, val: Data | None) -> None:
     """UsageError for sets without images or, for training, without a length."""
-    for name, data in (("training", train), ("validation", val)):
-        dataset = None if data is None else as_dataset(data)[0]
-        if dataset is None or (name == "validation" and not hasattr(dataset, "__len__")):
-            continue
-        if not hasattr(dataset, "__len__"):
-            raise UsageError(f"the training set, a {type(dataset).__name__}, has no length; give it a __len__ of its images")
-        if len(dataset) == 0 and not isinstance(dataset, IterableDataset):
+    images = as_dataset(train)[0]
+    if not hasattr(images, "__len__"):
+        raise UsageError(f"the training set, a {type(images).__name__}, has no length; give it a __len__ of its images")
+    for name, dataset in (("training", images), ("validation", None if val is None else as_dataset(val)[0])):
+        if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset) == 0:
             raise UsageError(f"the {name} set is empty; check the data source")
 
 

@@ -49,9 +49,8 @@ def probe_models(
         before = facts.condition()
         samples = sample_rounds(runs, options)
         after = facts.condition()
-    where = _device(device, before, after)
+    where, notes = _device(device, before, after), (*_notes(device, compiled), *busy_note(before, after))
     memory = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else facts.peak_rss_mb()
-    notes = (*_notes(device, compiled), *busy_note(before, after))
     results = tuple(
         Latency(
             model=label, device=where, threads=count, first_ms=first[i], peak_rss_mb=memory, warmup_runs=warm[i][0],
