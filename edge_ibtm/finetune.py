@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -187,10 +188,11 @@ def finetune(
 
 def _check_data(train: Data, val: Data | None) -> None:
     """UsageError for sets without images or, for training, without a length."""
-    images = as_dataset(train)[0]
+    images: Any = as_dataset(train)[0]
+    checked: Any = None if val is None else as_dataset(val)[0]
     if not hasattr(images, "__len__"):
         raise UsageError(f"the training set, a {type(images).__name__}, has no length; give it a __len__ of its images")
-    for name, dataset in (("training", images), ("validation", None if val is None else as_dataset(val)[0])):
+    for name, dataset in (("training", images), ("validation", checked)):
         if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset) == 0:
             raise UsageError(f"the {name} set is empty; check the data source")
 
