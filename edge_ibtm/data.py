@@ -186,9 +186,9 @@ def _keep_a_bit(transform: Any) -> None:
 
 
 def _posterize(image: Any, bits: int, **_: Any) -> Any:
-    from PIL import ImageOps
+    from timm.data.auto_augment import posterize
 
-    return ImageOps.posterize(image, min(max(bits, 1), 8))
+    return posterize(image, max(bits, 1))
 
 
 def _check_images(spec: DataSection, source: Source, indices: list[int]) -> None:

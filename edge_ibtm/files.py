@@ -41,7 +41,7 @@ def _runs(process: str) -> bool:
     except ProcessLookupError:
         return False
     except (ValueError, OverflowError, PermissionError):
-        return True
+        pass  # no number; or another user's process
     return True
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from edge_ibtm.batches import check_loader, checked
 from edge_ibtm.errors import UsageError
-from edge_ibtm.finetune_batches import check_loader, checked
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from edge_ibtm.batches import checked, class_numbers
 from edge_ibtm.errors import UsageError
-from edge_ibtm.finetune_batches import checked, class_numbers
 from edge_ibtm.finetune_data import as_dataset
 from edge_ibtm.modes import evaluating
 from edge_ibtm.statistics import all_sum

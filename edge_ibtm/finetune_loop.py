@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edge_ibtm.batches import class_numbers
 from edge_ibtm.errors import EdgeIBTMError
 from edge_ibtm.finetune import Data, EpochMetrics, FinetuneConfig, History, Progress
-from edge_ibtm.finetune_batches import class_numbers
 from edge_ibtm.finetune_checkpoint import MetricsLog, load_checkpoint, restore, save_checkpoint, state_of
 from edge_ibtm.finetune_data import Plan, as_dataset, epoch_batches, sample_batches, seed_everything
 from edge_ibtm.finetune_eval import evaluate
@@ -272,14 +272,13 @@ class Run:
         return float(self.bare_optimizer.param_groups[-1]["lr"])
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        device = self.accelerator.device
+        device, given = self.accelerator.device, labels
         images, labels = images.to(device), labels.to(device)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         targets: Tensor = labels
         if self.config.mixup or self.config.cutmix:
             images, targets = self._mix(images, labels)
-            labels = labels[: len(images)]
         teacher_logits = None
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
@@ -287,9 +286,10 @@ class Run:
         watched: Any = nullcontext() if self.clusters is None else pooled_features(self.raw)  # captured graphs have no head
         with watched as kept, self.accelerator.autocast():
             logits = self.model(images)
+        numbers = class_numbers(given, logits.shape[-1])[: len(images)]  # where they came from: a GPU would be waited for
         ib = None
         if self.clusters is not None:
-            ib = ib_term(kept[0], class_numbers(labels, logits.shape[-1]), self.clusters, self.config.ib_conditional)
+            ib = ib_term(kept[0], numbers.to(device), self.clusters, self.config.ib_conditional)
         return training_loss(self.weights, logits, targets, teacher_logits, ib)
 
     def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edge_ibtm.errors import UsageError
-from edge_ibtm.finetune_batches import class_numbers
 from edge_ibtm.information import ib_bound, soft_assign
 from edge_ibtm.statistics import Clusters
 
@@ -23,7 +22,6 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
         return labels
     if labels.ndim == 2:
         raise UsageError(f"labels are distributions over {labels.shape[1]} classes, the model has {classes}")
-    class_numbers(labels, classes)
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _MODEL = ("backbones", "checkpoint", "macs*", "modes", "stages")
 _MERGE = (*_MODEL, "surgery", "tokens", "short_lines", "constants", "plan", "site", "mergers", "information", "statistics*")
-_TRAIN = ("finetune*",)
+_TRAIN = ("batches", "finetune*")
 _DATA = ("data*",)
 
 SOURCES: dict[str, tuple[str, ...]] = {

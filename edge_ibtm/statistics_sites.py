@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edge_ibtm.finetune_batches import class_numbers
+from edge_ibtm.batches import class_numbers
 from edge_ibtm.mergers import IBStep
 from edge_ibtm.modes import evaluating
 from edge_ibtm.statistics import all_sum, fit_clusters

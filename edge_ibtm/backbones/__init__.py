@@ -57,9 +57,9 @@ def build_model(
     "pretrained" (timm's hub), or a file (safetensors, or .pth read with weights_only). img_size: pixels, for models with
     position embeddings or windows of fixed size (ViT, Swin). Raises UsageError for what cannot be built as asked.
     """
-    for what, value in (("num_classes", num_classes), ("img_size", img_size)):
-        if value is not None or what == "num_classes":
-            check_count(what, value)
+    check_count("num_classes", num_classes)
+    if img_size is not None:
+        check_count("img_size", img_size)
     check_name(name)
     import timm
 

@@ -19,9 +19,9 @@ from torch.utils.data import (
 )
 
 from edge_ibtm import insert_mergers
+from edge_ibtm.batches import checked, class_numbers
 from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.finetune import finetune
-from edge_ibtm.finetune_batches import checked, class_numbers
 from edge_ibtm.finetune_data import as_dataset
 from edge_ibtm.finetune_eval import evaluate
 
