@@ -21,7 +21,9 @@ from edge_ibtm.errors import UsageError, lookup
 # quantizing them would change which tokens merge.
 FLOAT_MODULES = ("edge_ibtm.mergers.", "edge_ibtm.site.", "edge_ibtm.rewrite_norm.")
 MOSTLY = 0.9  # share of the weights in linear layers from which on `auto` measures activations at run time
-HEAVY = {torch.ops.aten.linear.default, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default}
+_ATEN = torch.ops.aten
+VIEWS = {_ATEN.reshape.default, _ATEN.view.default, _ATEN.permute.default, _ATEN.contiguous.default, _ATEN.clone.default}
+HEAVY = {_ATEN.linear.default, _ATEN.conv2d.default, _ATEN.convolution.default}
 
 
 def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int8", **options: Any) -> nn.Module:
@@ -29,8 +31,8 @@ def quantize(model: nn.Module, calibration: Iterable[Any], *, scheme: str = "int
 
     calibration: batches of images [B, 3, H, W] (or tuples that begin with them), all of one shape; the graph
     keeps the shape of the first. scheme: "int8" (weights per channel, activations static), "int8_dynamic"
-    (linear layers only, activations measured at run time, norms smoothed), "mixed" (int8, the worst layers left in float),
-    "auto" (int8_dynamic for what is nearly all linear layers, as ViTs and Swins are, else int8).
+    (linear layers only, activations measured at run time, norms smoothed, patches' embedding in float), "auto" (int8_dynamic
+    for what is nearly all linear layers, as ViTs and Swins are, else int8), "mixed" (as auto, the worst layers left in float).
     """
     from edge_ibtm.targets.common import check_alike
 
@@ -133,16 +135,38 @@ def convert_static(graph: Any, batches: list[torch.Tensor], keep: Callable[[Node
 
 
 def _dynamic(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    return convert_dynamic(_smoothed(model, batches), batches, _linear)
+
+
+def convert_dynamic(graph: Any, batches: list[torch.Tensor], keep: Callable[[Node], bool]) -> nn.Module:
+    """Prepare and convert a captured graph, activations measured at run time; nodes that `keep` refuses stay in float."""
+    return _convert(graph, batches[:1], quantizer(dynamic=True, keep=keep))
+
+
+def _smoothed(model: nn.Module, batches: list[torch.Tensor]) -> Any:
     from edge_ibtm.quantize_smooth import smooth_norms
 
     graph: Any = capture_graph(model, batches[0])
     smooth_norms(graph, _pieces(batches), _linear)
-    return _convert(graph, batches[:1], quantizer(dynamic=True, keep=_linear))
+    return graph
 
 
 def _linear(node: Node) -> bool:
-    """Whether a node may be quantized dynamically: a depthwise convolution so quantized does not run (executorch 1.5.1)."""
-    return quantizable(node) and (node.op == "get_attr" or node.target is torch.ops.aten.linear.default)
+    """Whether a node may be quantized dynamically: a depthwise convolution so quantized does not run (executorch 1.5.1).
+
+    The embedding of patches stays in float: of a trained ViT-S/14's layers it cost most, for 1 % of the weights (docs/LOG.md).
+    """
+    if node.op == "get_attr":
+        return quantizable(node)
+    return node.target is _ATEN.linear.default and quantizable(node) and not _reads_image(node)
+
+
+def _reads_image(node: Node) -> bool:
+    """Whether a layer reads images, cut and turned at most."""
+    source = node.args[0]
+    while isinstance(source, Node) and source.target in VIEWS:
+        source = source.args[0]
+    return isinstance(source, Node) and source.op == "placeholder" and source.meta["val"].ndim == 4
 
 
 def _convert(graph: Any, batches: list[torch.Tensor], chosen: Any) -> nn.Module:
@@ -175,8 +199,8 @@ def converted(prepared: Any) -> nn.Module:
 def _mixed(
     model: nn.Module, batches: list[torch.Tensor], *, min_sqnr: float = 30.0, most: float = 0.03
 ) -> nn.Module:
-    """int8, the layers that cost most precision for their size left in float: as few as reach `min_sqnr` dB, with at most
-    a share `most` of the weights (a share s of them makes the file 3 s times an all-int8 one larger).
+    """8 bits as `auto` chooses them, the layers that cost most precision for their size left in float: as few as reach
+    `min_sqnr` dB, with at most a share `most` of the weights (a share s of them makes an 8-bit file larger by 3 s).
 
     The Choice is under `quantization` in the returned module's `meta`; str() of it gives the reason.
     """
@@ -184,8 +208,11 @@ def _mixed(
 
     if not 0 <= most <= 1 or not min_sqnr < float("inf"):
         raise UsageError(f"mixed precision with most={most}, min_sqnr={min_sqnr}: give a share of 0 to 1 and decibels")
-    graph = capture_graph(model, batches[0])
-    noise = sensitivity(graph, batches[0], quantizable, module_path)
+    scheme, _ = _automatic(model)
+    dynamic = scheme == "int8_dynamic"
+    graph = _smoothed(model, batches) if dynamic else capture_graph(model, batches[0])
+    convert, keep = (convert_dynamic, _linear) if dynamic else (convert_static, quantizable)
+    noise = sensitivity(graph, batches[0], keep, module_path, dynamic)
     candidates = affordable(noise, most)
     pieces = _pieces(batches)[:16]
     with torch.no_grad():
@@ -193,18 +220,18 @@ def _mixed(
     first = None
     for count in _counts(len(candidates)):
         names = {layer.node for layer in candidates[:count]}
-        rounded: Any = convert_static(copy.deepcopy(graph), batches, partial(_quantizable_but, names))
+        rounded: Any = convert(copy.deepcopy(graph), batches, partial(_but, names, keep))
         with torch.no_grad():
             reached = sqnr_db(wanted, torch.cat([rounded(piece) for piece in pieces]))
         first = reached if first is None else first
-        rounded.meta["quantization"] = Choice(tuple(candidates[:count]), len(noise), first, reached, min_sqnr)
+        rounded.meta["quantization"] = Choice(scheme, tuple(candidates[:count]), len(noise), first, reached, min_sqnr)
         if reached >= min_sqnr:
             break
     return rounded
 
 
-def _quantizable_but(names: set[str], node: Node) -> bool:
-    return node.name not in names and quantizable(node)
+def _but(names: set[str], keep: Callable[[Node], bool], node: Node) -> bool:
+    return node.name not in names and keep(node)
 
 
 def _counts(limit: int) -> list[int]:
@@ -217,13 +244,18 @@ def _counts(limit: int) -> list[int]:
 
 def _auto(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     """The scheme that is nearer to float and the faster one for the model; `quantization` in its `meta` says which."""
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    weights = sum(m.weight.numel() for m in layers)
-    linear = sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear)) / max(weights, 1)
-    scheme = "int8_dynamic" if linear >= MOSTLY else "int8"
+    scheme, linear = _automatic(model)
     graph: Any = SCHEMES[scheme](model, batches)
     graph.meta["quantization"] = f"{scheme}, as linear layers hold {linear:.0%} of the weights"
     return graph  # type: ignore[no-any-return]
+
+
+def _automatic(model: nn.Module) -> tuple[str, float]:
+    """The scheme for a model, and the share of its weights in linear layers that decides it."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    weights = sum(m.weight.numel() for m in layers)
+    linear = sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear)) / max(weights, 1)
+    return "int8_dynamic" if linear >= MOSTLY else "int8", linear
 
 
 SCHEMES: dict[str, Callable[..., nn.Module]] = {

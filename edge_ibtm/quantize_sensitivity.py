@@ -28,6 +28,7 @@ class LayerNoise:
 class Choice:
     """Which layers a mixed-precision graph keeps in float, out of `layers`, and what that gave (dB against float)."""
 
+    scheme: str  # of the others
     kept_in_float: tuple[LayerNoise, ...]
     layers: int
     all_int8_db: float
@@ -35,11 +36,11 @@ class Choice:
     wanted_db: float
 
     def __str__(self) -> str:
-        head = f"int8: {self.layers - len(self.kept_in_float)} of {self.layers} layers, SQNR {self.sqnr_db:.1f} dB"
+        head = f"{self.scheme}: {self.layers - len(self.kept_in_float)} of {self.layers} layers, SQNR {self.sqnr_db:.1f} dB"
         if not self.kept_in_float:
             return f"{head} (wanted {self.wanted_db:.0f}), none left in float"
         left = ", ".join(f"{layer.path} ({layer.sqnr_db:.1f} dB alone)" for layer in self.kept_in_float)
-        return f"{head} (wanted {self.wanted_db:.0f}, all int8 {self.all_int8_db:.1f}); left in float: {left}"
+        return f"{head} (wanted {self.wanted_db:.0f}, all {self.scheme} {self.all_int8_db:.1f}); left in float: {left}"
 
 
 def sqnr_db(wanted: torch.Tensor, got: torch.Tensor) -> float:
@@ -61,26 +62,38 @@ def fake_weight(w: torch.Tensor) -> torch.Tensor:
     return (w / scale).round().clamp(-127, 127) * scale
 
 
+def fake_tokens(x: torch.Tensor) -> torch.Tensor:
+    """x [..., D] rounded to 256 levels between the extremes of each token, as XNNPACK measures them at run time."""
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((high - low) / 255).clamp_min(2**-24)
+    return ((x - low) / scale).round() * scale + low
+
+
 class _OneLayer(Interpreter):
     """Runs a captured graph, with the inputs and weights of one node rounded to int8 (None: all in float)."""
 
     chosen: Node | None = None
+    dynamic = False
 
     def run_node(self, n: Node) -> object:
         if n is not self.chosen:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if self.dynamic:
+            return n.target(fake_tokens(args[0]), fake_weight(args[1]), *args[2:], **kwargs)  # type: ignore[operator]
         rounded = (fake_activation(args[0]), fake_weight(args[1]), *args[2:])
         return fake_activation(n.target(*rounded, **kwargs))  # type: ignore[operator]
 
 
 def sensitivity(
-    graph: GraphModule, images: torch.Tensor, keep: Callable[[Node], bool], path_of: Callable[[Node], str]
-) -> list[LayerNoise]:
+    graph: GraphModule, images: torch.Tensor, keep: Callable[[Node], bool], path_of: Callable[[Node], str],
+    dynamic: bool = False,
+) -> list[LayerNoise]:  # fmt: skip
     """The layers of a captured graph, most noise per weight first. images: one batch of the captured shape; keep: which
-    nodes count."""
+    nodes count; dynamic: activations are measured at run time, token by token."""
     nodes = [n for n in graph.graph.nodes if n.op == "call_function" and keep(n)]
     runner = _OneLayer(graph, garbage_collect_values=False)
+    runner.dynamic = dynamic
     with torch.no_grad():
         wanted = _output(runner.run(images))
         values = dict(runner.env)

@@ -13,7 +13,7 @@ from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.quantize import _convert, _linear, capture_graph, quantize, quantizer
 from edge_ibtm.quantize_qat import quantize_qat
-from edge_ibtm.quantize_sensitivity import LayerNoise, affordable, fake_activation, fake_weight, sqnr_db
+from edge_ibtm.quantize_sensitivity import LayerNoise, affordable, fake_activation, fake_tokens, fake_weight, sqnr_db
 from edge_ibtm.quantize_smooth import smooth_norms
 from edge_ibtm.rewrite_graph import pads_as_concatenations
 from edge_ibtm.targets import lower
@@ -74,6 +74,25 @@ def test_dynamic_int8_quantizes_linear_layers(vit):
         assert sqnr_db(model(batches[0]), converted(batches[0])) >= 20
 
 
+def test_the_embedding_of_patches_stays_in_float_where_activations_are_measured(vit):
+    model, batches = vit
+    converted = quantize(model, batches, scheme="int8_dynamic")
+    patches = model.patch_embed.proj.weight.flatten(1).shape
+    float_weights = [tuple(n.args[1].meta["val"].shape) for n in layers(converted, False)]
+    assert tuple(patches) in float_weights
+    wide = [shape for shape in float_weights if shape[0] > 1]
+    assert wide == [tuple(patches)], "what has more than one output and reads no image is in 8 bits"
+
+
+@pytest.mark.parametrize("name, scheme", [("vit", "int8_dynamic"), ("mobilevit", "int8")])
+def test_mixed_is_built_on_what_auto_chooses(name, scheme):
+    torch.manual_seed(0)
+    model, size = BACKBONES[name].twin()
+    converted = quantize(model, [torch.randn(1, 3, size, size) for _ in range(4)], scheme="mixed", min_sqnr=0.0)
+    assert converted.meta["quantization"].scheme == scheme
+    assert any("choose_qparams" in str(n.target) for n in converted.graph.nodes) == (scheme == "int8_dynamic")
+
+
 def test_mixed_leaves_in_float_what_costs_most_for_its_size(vit):
     model, batches = vit
     plain = quantize(model, batches, scheme="mixed", min_sqnr=0.0)
@@ -97,6 +116,9 @@ def test_fake_quantization():
     assert torch.allclose(fake_weight(w)[0], w[0], atol=0.5 / 127) and (fake_weight(w)[1] - w[1]).abs().max() < 0.5
     x = torch.linspace(-1, 3, 1000)
     assert (fake_activation(x) - x).abs().max() <= 4 / 255 and fake_activation(x).unique().numel() <= 256
+    tokens = torch.tensor([[1.0, -0.5, 0.25], [1000.0, 3.0, 5.0]])
+    assert torch.allclose(fake_tokens(tokens)[0], tokens[0], atol=0.5 * 1.5 / 255), "a token's levels are its own"
+    assert (fake_tokens(tokens)[1] - tokens[1]).abs().max() <= 0.5 * 1000 / 255 + 1e-3
     assert sqnr_db(x, x) == 200.0 and sqnr_db(x, 0.9 * x) == pytest.approx(20, abs=1e-3)
 
 
