@@ -121,10 +121,10 @@ def report() -> str:
     lines = [
         "# int8 against fp32", "", "Written by `python benchmarks/int8.py --report`; do not edit.", "",
         "Trained weights, real test images, artifacts run by the stock ExecuTorch runtime. SQNR: the artifact's logits against",
-        "the eager fp32 model's. mixed: int8 (the ViT: int8_dynamic), those layers left in float that cost most precision for",
-        "their size, until 30 dB are reached or 3 % of the weights are in float. Calibrated on 64 training images. Latency: ratio",
-        "of medians, interleaved, 1 thread, same run. Norms, biases, scales and merge sites stay in float, which weighs more in",
-        "such small models than in full ones (docs/LATENCY.md).", "",
+        "the eager fp32 model's. mixed: int8 (the ViT: int8_dynamic), those layers left in float that cost most precision",
+        "for their size, until 30 dB are reached or 3 % of the weights are in float. Calibrated on 64 training images.",
+        "Latency: ratio of medians, interleaved, 1 thread, same run. Norms, biases, scales and merge sites stay in float,",
+        "which weighs more in such small models than in full ones (docs/LATENCY.md).", "",
         "| model | merger | scheme | MB | / fp32 | SQNR, dB | top-1, % | eager top-1, % | agreement, % | latency / fp32 |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
