@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .backbones import Family, Settings
 from .errors import UsageError, check_count
-from .modes import evaluating
+from .modes import evaluating, fed
 
 
 def default_size(model: nn.Module) -> tuple[int, int]:
@@ -49,7 +49,7 @@ def _by_operator(model: nn.Module, img_size: int | tuple[int, int] | None) -> di
     fused = _set_fused(model, False)
     try:
         with evaluating(model), torch.enable_grad(), counter:  # the counter fails on views made without gradients
-            model(image)
+            fed(model, image)
     finally:
         for module, value in fused:
             module.fused_attn = value  # type: ignore[assignment]

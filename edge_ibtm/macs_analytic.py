@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .backbones.common import MergedBlocks
 from .backbones.vit import MergedViTBlocks
-from .modes import evaluating
+from .modes import evaluating, fed
 from .plan import DensePlan, GridPlan, PrefixPlan
 from .site import Merged, Site
 
@@ -39,7 +39,7 @@ def by_module(model: nn.Module, image: Tensor) -> dict[str, int]:
     ]
     try:
         with evaluating(model):
-            model(image)
+            fed(model, image)
     finally:
         for handle in handles:
             handle.remove()

@@ -113,7 +113,10 @@ def fit_clusters(
     # double: so that the order of summation over ranks does not decide which cluster a sample falls into
     unit = F.normalize(features.detach().double(), dim=-1)
     if not bool(torch.isfinite(unit).all()):
-        raise EdgeIBTMError(f"features of {len(features)} samples are not finite; lower the learning rate")
+        raise EdgeIBTMError(
+            f"features of {len(features)} samples are not finite; look for NaN or infinity in the images, or lower the "
+            "learning rate"
+        )
     start = initial_centroids(unit, labels, classes, count or default_clusters(classes), reduce)
     centroids = kmeans(unit, start, reduce)
     beta = sharpness(unit, centroids, reduce) if beta is None else beta

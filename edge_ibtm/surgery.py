@@ -19,7 +19,7 @@ from .errors import UsageError, check_count, lookup
 from .macs import blank_image, solve_keep_ratio
 from .mergers import check_merger, classes_of
 from .mergers.ibtm import IBTM
-from .modes import evaluating
+from .modes import evaluating, fed
 from .plan import identity
 from .site import Merged, Site
 from .tokens import check_ratio
@@ -146,7 +146,7 @@ def merge_trace(model: nn.Module, images: Tensor) -> list[SiteTrace]:
     ]
     try:
         with evaluating(model):
-            model(images)
+            fed(model, images)
     finally:
         for handle in handles:
             handle.remove()

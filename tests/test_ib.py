@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 import edge_ibtm
 from edge_ibtm import information as info
 from edge_ibtm.cli_train import _write
-from edge_ibtm.errors import UsageError
+from edge_ibtm.errors import EdgeIBTMError, UsageError
 from edge_ibtm.ib import LAST, IBMeasure, input_features, measure_ib, model_ib
 from edge_ibtm.mergers import IBStep
 from edge_ibtm.mergers.products import NormProducts
@@ -104,6 +104,13 @@ def test_clusters_have_unit_centroids_and_distributions(count: int) -> None:
     torch.testing.assert_close(c.likelihood.sum(0), torch.ones(5))
     torch.testing.assert_close(c.prior, torch.bincount(labels, minlength=5) / 80)
     torch.testing.assert_close(c.likelihood[:, :4], info.class_likelihood(c.assign(features), labels, 4))
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    features = torch.randn(8, 6)
+    features[3] = float("nan")
+    with pytest.raises(EdgeIBTMError, match="look for NaN or infinity in the images, or lower the learning rate"):
+        fit_clusters(features, torch.arange(8) % 4, 4)
 
 
 def test_refresh_fills_the_buffers_of_every_site() -> None:

@@ -84,6 +84,14 @@ def test_oblong_images_and_training_mode() -> None:
             edge_ibtm.count_macs(model, wrong)  # type: ignore[arg-type]
 
 
+def test_images_of_a_size_that_the_model_does_not_take() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1)
+    edge_ibtm.insert_mergers(model, merger="tome", keep_ratio=0.7)
+    for ask in (edge_ibtm.count_macs, analytic_macs, schedule):
+        with pytest.raises(UsageError, match=r"does not take images of 64 x 64 px: .*\(48\)"):
+            ask(model, 64)
+
+
 @pytest.mark.parametrize("options", [{"img_size": (32, 64)}, {"in_chans": 1}, {"global_pool": "map", "class_token": False}])
 def test_images_that_are_not_square_or_not_of_three_channels_and_attention_pooling(options: dict[str, object]) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **{"img_size": 64, "depth": 2, "num_classes": 10, **options}).eval()
