@@ -20,6 +20,7 @@ from edge_ibtm.errors import UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MORE_FORMATS = (".webp", ".bmp", ".tif", ".tiff", ".jfif", ".avif")  # beside timm's .png, .jpg, .jpeg
 REMOTE = ("torch", "hfds", "hfids", "tfds", "wds")
 _PIP = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}
 _TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation", "eval")
@@ -119,7 +120,9 @@ def _kind(source: str) -> str | None:
 def _folder_source(spec: DataSection, root: Path, names: tuple[str, ...] | None = None) -> Source:
     """Images in class folders or a tar of them; `names`: the training classes, which the test must share."""
     from timm.data import create_dataset
+    from timm.data.readers.img_extensions import add_img_extensions
 
+    add_img_extensions(MORE_FORMATS)  # else images of these, and classes of nothing else, are left out without a word
     class_map: Any = ({n: i for i, n in enumerate(names)} if names else spec.class_map) or ""
     try:
         dataset = create_dataset("", root=str(root), search_split=False, class_map=class_map)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from edge_ibtm.config import AugmentSection, DataSection
 from edge_ibtm.data import View, load_data, split_indices, transform_of, view_of
-from edge_ibtm.data_sources import demo_source, fingerprint
+from edge_ibtm.data_sources import demo_source, fingerprint, open_sources
 from edge_ibtm.errors import UsageError
 from edge_ibtm.finetune_data import Plan, sample_batches
 
@@ -96,6 +96,22 @@ def test_tar_of_class_folders(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "d.tar", "w") as tar:
         tar.add(folder, arcname=".")
     assert load_data(small(tmp_path / "d.tar"), VIEW).class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_of_all_formats_count(tmp_path: Path, packed: bool) -> None:
+    """A class whose images timm's reader does not look for would be gone, and the others numbered anew."""
+    folder = write_images(tmp_path / "d", ("ant", "bee", "cow"))
+    for path, suffix in zip(sorted((folder / "bee").iterdir()), (".webp", ".bmp", ".tif", ".TIFF", ".JFIF"), strict=False):
+        Image.open(path).save(path.with_suffix(suffix), format="JPEG" if suffix == ".JFIF" else None)
+        path.unlink()
+    if packed:
+        with tarfile.open(tmp_path / "d.tar", "w") as tar:
+            tar.add(folder, arcname=".")
+        folder = tmp_path / "d.tar"
+    source, _ = open_sources(small(folder))
+    assert source.class_names == ("ant", "bee", "cow") and source.size == 24
+    assert [source.read(i)[1] for i in range(source.size)] == [0] * 8 + [1] * 8 + [2] * 8
 
 
 def test_corrupt_image_is_named(tmp_path: Path) -> None:
