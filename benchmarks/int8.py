@@ -116,6 +116,8 @@ def measure(name: str, merger: str, images: int, rounds: int) -> dict[str, Any]:
 
 def report() -> str:
     """docs/INT8.md from the JSON."""
+    import int8_qat
+
     from edge_ibtm.probe.statistics import percentile
 
     lines = [
@@ -142,7 +144,7 @@ def report() -> str:
                 notes.append(f"- {r['model']}, {r['merger']}: {s['choice']}")
     notes += sorted({f"- {r['model']}: measured on {r['host']}, {r['date']}" for r in records})
     hosts = sorted({f"{r['host']}, {r['date']}, {r['images']} test images" for r in records})
-    return "\n".join([*lines, "", *notes, "", "Host: " + "; ".join(hosts) + ".", ""])
+    return "\n".join([*lines, "", *notes, "", "Host: " + "; ".join(hosts) + ".", "", *int8_qat.table()])
 
 
 def main() -> None:
