@@ -272,9 +272,10 @@ def test_smoothing_changes_no_value_and_makes_channels_alike():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("merger", [None, "ibtm"])
-def test_a_swin_with_dynamic_activations_is_one_subgraph(merger, tmp_path):
+@pytest.mark.parametrize("options", [{"scheme": "int8_dynamic"}, {"scheme": "mixed", "min_sqnr": 90.0, "most": 0.3}], ids=str)
+def test_a_swin_with_dynamic_activations_is_one_subgraph(options, merger, tmp_path):
     model, size = BACKBONES["swin"].twin()
     if merger:
         insert_mergers(model, merger=merger, keep_ratio=0.7)
     x = torch.randn(1, 3, size, size)
-    assert lower(quantize(model, [x], scheme="int8_dynamic"), x, tmp_path / "swin.pte").subgraphs == 1
+    assert lower(quantize(model, [x], **options), x, tmp_path / "swin.pte").subgraphs == 1
