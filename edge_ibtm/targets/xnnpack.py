@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edge_ibtm.rewrite_pieces import in_pieces
 from edge_ibtm.rewrite_windows import attention_on_maps
 from edge_ibtm.rewrite_winograd import winograd
 from edge_ibtm.targets.common import Artifact, Backend, lower_program
@@ -23,7 +24,7 @@ def lower_xnnpack(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> A
 
 
 def _further(model: nn.Module) -> nn.Module:
-    return attention_on_maps(winograd(model))
+    return in_pieces(attention_on_maps(winograd(model)))
 
 
 def _to_edge(program: torch.export.ExportedProgram) -> Any:

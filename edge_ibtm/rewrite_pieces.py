@@ -1,0 +1,90 @@
+"""Large linear layers in pieces whose weights stay in a core's cache.
+
+XNNPACK's matrix product goes through all weights for every 5 to 7 rows of its input. Weights that do not fit into the
+second-level cache come from further out each time; pieces that fit come from there once, however many rows there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm import layers
+from torch import nn
+
+from edge_ibtm.rewrite import rewrite_modules
+from edge_ibtm.rewrite_attention import linear_of
+
+PIECE = 640 * 1024  # bytes of float weights: a ViT-S's MLP in four pieces of 576 KB; smaller ones gain no more (docs/LOG.md)
+MOST = 16  # pieces of a layer: each costs operators
+FEW_ROWS = 8  # up to so many the weights are gone through once or twice
+ELEMENTWISE = (nn.GELU, nn.SiLU, nn.ReLU)
+
+
+def in_pieces(model: nn.Module) -> nn.Module:
+    """`model` with its large linear layers cut, in place; equal up to rounding."""
+    model = rewrite_modules(model, {layers.Mlp: MlpInPieces.of})
+    return rewrite_modules(model, {nn.Linear: LinearInPieces.of})
+
+
+def pieces(layer: nn.Linear, side: int) -> int:
+    """The least number of equal pieces of `side` channels that fit, at most MOST; 1 for a layer that fits whole."""
+    weights = layer.weight.numel() * layer.weight.element_size()
+    if weights <= PIECE:
+        return 1
+    counts = [n for n in range(2, MOST + 1) if side % n == 0]
+    return next((n for n in counts if weights <= n * PIECE), max(counts, default=1))
+
+
+def few_rows(x: torch.Tensor) -> bool:
+    """Whether x [..., C] has so few rows that nothing is gained."""
+    return x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+class LinearInPieces(nn.Module):
+    """The equal of a Linear, [..., C] -> [..., C'], its outputs made piece by piece and joined."""
+
+    def __init__(self, whole: nn.Linear, count: int) -> None:
+        super().__init__()
+        self.whole = whole
+        biases = [None] * count if whole.bias is None else [b.clone() for b in whole.bias.detach().chunk(count)]
+        self.parts = nn.ModuleList(linear_of(w.clone(), b) for w, b in zip(whole.weight.detach().chunk(count), biases))
+
+    @classmethod
+    def of(cls, layer: Any) -> nn.Module:
+        """`layer` in pieces, itself where it fits."""
+        count = pieces(layer, layer.out_features)
+        return layer if count == 1 else cls(layer, count)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if few_rows(x):
+            return self.whole(x)  # type: ignore[no-any-return]
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+class MlpInPieces(nn.Module):
+    """The equal of a timm Mlp, [..., C] -> [..., C']: its hidden channels go piece by piece through both layers."""
+
+    def __init__(self, mlp: Any, count: int) -> None:
+        super().__init__()
+        self.whole, self.act = mlp, mlp.act
+        first, last = mlp.fc1, mlp.fc2
+        biases = [None] * count if first.bias is None else [b.clone() for b in first.bias.detach().chunk(count)]
+        self.first = nn.ModuleList(linear_of(w.clone(), b) for w, b in zip(first.weight.detach().chunk(count), biases))
+        self.last = nn.ModuleList(
+            linear_of(w.clone(), last.bias if i == 0 else None) for i, w in enumerate(last.weight.detach().chunk(count, 1))
+        )
+
+    @classmethod
+    def of(cls, mlp: Any) -> nn.Module:
+        """`mlp` in pieces, itself where it fits or does more than two linear layers and what is between them."""
+        plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and type(mlp.act) in ELEMENTWISE
+        still = all(isinstance(part, nn.Identity) for part in (mlp.drop1, mlp.norm, mlp.drop2))
+        count = pieces(mlp.fc1, mlp.fc1.out_features) if plain and still else 1
+        return mlp if count == 1 else cls(mlp, count)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if few_rows(x):
+            return self.whole(x)  # type: ignore[no-any-return]
+        outputs = [last(self.act(first(x))) for first, last in zip(self.first, self.last)]
+        return sum(outputs[1:], outputs[0])
