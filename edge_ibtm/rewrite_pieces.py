@@ -67,8 +67,7 @@ class MlpInPieces(nn.Module):
 
     def __init__(self, mlp: Any, count: int) -> None:
         super().__init__()
-        self.whole, self.act = mlp, mlp.act
-        first, last = mlp.fc1, mlp.fc2
+        first, self.act, last = mlp.fc1, mlp.act, mlp.fc2
         biases = [None] * count if first.bias is None else [b.clone() for b in first.bias.detach().chunk(count)]
         self.first = nn.ModuleList(linear_of(w.clone(), b) for w, b in zip(first.weight.detach().chunk(count), biases))
         self.last = nn.ModuleList(
@@ -84,7 +83,5 @@ class MlpInPieces(nn.Module):
         return mlp if count == 1 else cls(mlp, count)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if few_rows(x):
-            return self.whole(x)  # type: ignore[no-any-return]
         outputs = [last(self.act(first(x))) for first, last in zip(self.first, self.last)]
         return sum(outputs[1:], outputs[0])
