@@ -36,9 +36,10 @@ def pieces(layer: nn.Linear, side: int) -> int:
     return next((n for n in counts if weights <= n * PIECE), max(counts, default=1))
 
 
-def few_rows(x: torch.Tensor) -> bool:
-    """Whether x [..., C] has so few rows that nothing is gained."""
-    return x.numel() <= FEW_ROWS * x.shape[-1]
+def cut(layer: nn.Linear, count: int) -> nn.ModuleList:
+    """`count` layers that each give an equal part of a layer's outputs."""
+    biases = [None] * count if layer.bias is None else [b.clone() for b in layer.bias.detach().chunk(count)]
+    return nn.ModuleList(linear_of(w.clone(), b) for w, b in zip(layer.weight.detach().chunk(count), biases))
 
 
 class LinearInPieces(nn.Module):
@@ -46,9 +47,7 @@ class LinearInPieces(nn.Module):
 
     def __init__(self, whole: nn.Linear, count: int) -> None:
         super().__init__()
-        self.whole = whole
-        biases = [None] * count if whole.bias is None else [b.clone() for b in whole.bias.detach().chunk(count)]
-        self.parts = nn.ModuleList(linear_of(w.clone(), b) for w, b in zip(whole.weight.detach().chunk(count), biases))
+        self.whole, self.parts = whole, cut(whole, count)
 
     @classmethod
     def of(cls, layer: Any) -> nn.Module:
@@ -57,7 +56,7 @@ class LinearInPieces(nn.Module):
         return layer if count == 1 else cls(layer, count)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if few_rows(x):
+        if x.numel() <= FEW_ROWS * x.shape[-1]:
             return self.whole(x)  # type: ignore[no-any-return]
         return torch.cat([part(x) for part in self.parts], -1)
 
@@ -67,12 +66,9 @@ class MlpInPieces(nn.Module):
 
     def __init__(self, mlp: Any, count: int) -> None:
         super().__init__()
-        first, self.act, last = mlp.fc1, mlp.act, mlp.fc2
-        biases = [None] * count if first.bias is None else [b.clone() for b in first.bias.detach().chunk(count)]
-        self.first = nn.ModuleList(linear_of(w.clone(), b) for w, b in zip(first.weight.detach().chunk(count), biases))
-        self.last = nn.ModuleList(
-            linear_of(w.clone(), last.bias if i == 0 else None) for i, w in enumerate(last.weight.detach().chunk(count, 1))
-        )
+        self.first, self.act = cut(mlp.fc1, count), mlp.act
+        weights, biases = mlp.fc2.weight.detach().chunk(count, 1), [mlp.fc2.bias] + [None] * (count - 1)
+        self.last = nn.ModuleList(linear_of(w.clone(), b) for w, b in zip(weights, biases))
 
     @classmethod
     def of(cls, mlp: Any) -> nn.Module:
