@@ -15,7 +15,8 @@ from torch import nn
 from edge_ibtm.rewrite import rewrite_modules
 from edge_ibtm.rewrite_attention import linear_of
 
-PIECE = 640 * 1024  # bytes of float weights: a ViT-S's MLP in four pieces of 576 KB; smaller ones gain no more (docs/LOG.md)
+WHOLE = 2560 * 1024  # bytes of weights that stay in one: cutting those of a ViT-S gains with one thread alone (docs/LOG.md)
+PIECE = 1280 * 1024
 MOST = 16  # pieces of a layer: each costs operators
 FEW_ROWS = 8  # up to so many the weights are gone through once or twice
 ELEMENTWISE = (nn.GELU, nn.SiLU, nn.ReLU)
@@ -30,7 +31,7 @@ def in_pieces(model: nn.Module) -> nn.Module:
 def pieces(layer: nn.Linear, side: int) -> int:
     """The least number of equal pieces of `side` channels that fit, at most MOST; 1 for a layer that fits whole."""
     weights = layer.weight.numel() * layer.weight.element_size()
-    if weights <= PIECE:
+    if weights <= WHOLE:
         return 1
     counts = [n for n in range(2, MOST + 1) if side % n == 0]
     return next((n for n in counts if weights <= n * PIECE), max(counts, default=1))
