@@ -16,13 +16,10 @@ class SplitQKV(nn.Module):
 
     def __init__(self, qkv: nn.Linear, scale: float) -> None:
         super().__init__()
+        self.q, self.k, self.v = cut(qkv, 3)
         with torch.no_grad():
-            weights = [w.clone() for w in qkv.weight.chunk(3)]
-            biases = [None] * 3 if qkv.bias is None else [b.clone() for b in qkv.bias.chunk(3)]
-            weights[0] *= scale
-            if biases[0] is not None:
-                biases[0] *= scale
-        self.q, self.k, self.v = (linear_of(w, b) for w, b in zip(weights, biases))
+            for parameter in self.q.parameters():
+                parameter.mul_(scale)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.cat([q, k, v], -1)
@@ -35,6 +32,12 @@ def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     if bias is not None:
         layer.bias = nn.Parameter(bias)
     return layer
+
+
+def cut(layer: nn.Linear, count: int) -> list[nn.Linear]:
+    """`count` layers that each give an equal part of a layer's outputs."""
+    biases = [None] * count if layer.bias is None else [b.clone() for b in layer.bias.detach().chunk(count)]
+    return [linear_of(w.clone(), b) for w, b in zip(layer.weight.detach().chunk(count), biases)]
 
 
 def attend(q: torch.Tensor, k_t: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from timm import layers
 from torch import nn
 
 from edge_ibtm.rewrite import rewrite_modules
-from edge_ibtm.rewrite_attention import linear_of
+from edge_ibtm.rewrite_attention import cut, linear_of
 
 WHOLE = 2560 * 1024  # bytes of weights that stay in one: cutting those of a ViT-S gains with one thread alone (docs/LOG.md)
 PIECE = 1280 * 1024
@@ -28,19 +28,13 @@ def in_pieces(model: nn.Module) -> nn.Module:
     return rewrite_modules(model, {nn.Linear: LinearInPieces.of})
 
 
-def pieces(layer: nn.Linear, side: int) -> int:
-    """The least number of equal pieces of `side` channels that fit, at most MOST; 1 for a layer that fits whole."""
+def pieces(layer: nn.Linear) -> int:
+    """The least number of equal parts of a layer's outputs that fit, at most MOST; 1 for a layer that fits whole."""
     weights = layer.weight.numel() * layer.weight.element_size()
     if weights <= WHOLE:
         return 1
-    counts = [n for n in range(2, MOST + 1) if side % n == 0]
+    counts = [n for n in range(2, MOST + 1) if layer.out_features % n == 0]
     return next((n for n in counts if weights <= n * PIECE), max(counts, default=1))
-
-
-def cut(layer: nn.Linear, count: int) -> nn.ModuleList:
-    """`count` layers that each give an equal part of a layer's outputs."""
-    biases = [None] * count if layer.bias is None else [b.clone() for b in layer.bias.detach().chunk(count)]
-    return nn.ModuleList(linear_of(w.clone(), b) for w, b in zip(layer.weight.detach().chunk(count), biases))
 
 
 class LinearInPieces(nn.Module):
@@ -48,12 +42,12 @@ class LinearInPieces(nn.Module):
 
     def __init__(self, whole: nn.Linear, count: int) -> None:
         super().__init__()
-        self.whole, self.parts = whole, cut(whole, count)
+        self.whole, self.parts = whole, nn.ModuleList(cut(whole, count))
 
     @classmethod
     def of(cls, layer: Any) -> nn.Module:
         """`layer` in pieces, itself where it fits."""
-        count = pieces(layer, layer.out_features)
+        count = pieces(layer)
         return layer if count == 1 else cls(layer, count)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +61,7 @@ class MlpInPieces(nn.Module):
 
     def __init__(self, mlp: Any, count: int) -> None:
         super().__init__()
-        self.first, self.act = cut(mlp.fc1, count), mlp.act
+        self.first, self.act = nn.ModuleList(cut(mlp.fc1, count)), mlp.act
         weights, biases = mlp.fc2.weight.detach().chunk(count, 1), [mlp.fc2.bias] + [None] * (count - 1)
         self.last = nn.ModuleList(linear_of(w.clone(), b) for w, b in zip(weights, biases))
 
@@ -76,7 +70,7 @@ class MlpInPieces(nn.Module):
         """`mlp` in pieces, itself where it fits or does more than two linear layers and what is between them."""
         plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and type(mlp.act) in ELEMENTWISE
         still = all(isinstance(part, nn.Identity) for part in (mlp.drop1, mlp.norm, mlp.drop2))
-        count = pieces(mlp.fc1, mlp.fc1.out_features) if plain and still else 1
+        count = pieces(mlp.fc1) if plain and still else 1
         return mlp if count == 1 else cls(mlp, count)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ def test_pieces_equal_the_whole(sides, count, rows, bias):
 )
 def test_the_least_number_of_pieces_that_fit(sides, count):
     layer = nn.Linear(*sides, device="meta")
-    assert pieces(layer, sides[1]) == count
+    assert pieces(layer) == count
     size = 4 * sides[0] * sides[1]
     assert size <= WHOLE or size / count <= PIECE or count == MOST or sides[1] == 1009, "a prime number stays whole"
 
