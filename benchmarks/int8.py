@@ -55,6 +55,22 @@ def trained(name: str, merger: str) -> tuple[Any, Any, Any]:
     return model.eval(), train, test
 
 
+def calibration_of(train: Any) -> list[Any]:
+    """Single images [1, 3, H, W] of a training set that quantization may see."""
+    shown = train.first(CALIBRATION, skip=1000)
+    return list(shown.view(shown.images).split(1))
+
+
+def keep(path: Path, record: dict[str, Any]) -> None:
+    """Write a result down with its host and date."""
+    from edge_ibtm.files import replacing
+    from edge_ibtm.probe import facts
+
+    record |= {"host": facts.cpu_model(), "date": time.strftime("%Y-%m-%d")}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record) + "\n")
+
+
 def _probed_vit() -> tuple[Any, Any, Any]:
     """The ViT with the linear head that the accuracy benchmark's first probe of Fashion-MNIST is."""
     import torch
@@ -84,9 +100,7 @@ def measure(name: str, merger: str, images: int, rounds: int) -> dict[str, Any]:
     from edge_ibtm.verify import runner_of
 
     model, train, test = trained(name, merger)
-    shown = train.first(CALIBRATION, skip=1000)
-    calibration = list(shown.view(shown.images).split(1))
-    test = test.first(images)
+    calibration, test = calibration_of(train), test.first(images)
     batches = [test.view(part) for part in test.images.split(50)]
     with torch.no_grad():
         wanted = torch.cat([model(b) for b in batches])
@@ -150,7 +164,6 @@ def report() -> str:
 def main() -> None:
     """Measure what is missing, then report."""
     from edge_ibtm.files import replacing
-    from edge_ibtm.probe import facts
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", default=",".join(MODELS))
@@ -165,10 +178,7 @@ def main() -> None:
             path = RESULTS / f"{name}_{merger}.json"
             if path.is_file():
                 continue
-            record = measure(name, merger, args.images, args.rounds)
-            record |= {"host": facts.cpu_model(), "date": time.strftime("%Y-%m-%d")}
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(record) + "\n")
+            keep(path, measure(name, merger, args.images, args.rounds))
     with replacing(HERE.parent / "docs" / "INT8.md") as temporary:
         temporary.write_text(report())
 

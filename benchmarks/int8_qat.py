@@ -16,7 +16,6 @@ import copy
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ ROWS = {
     "start": "float, where all begin", "trained": "float, trained on", "int8": "trained on, int8", "mixed": "trained on, mixed",
     "qat": "qat",
 }  # fmt: skip
-MODEL, MERGER, CALIBRATION, BATCH, LR = "mobilevit_xxs", "ibtm", 64, 32, 1e-4
+MODEL, MERGER, BATCH, LR = "mobilevit_xxs", "ibtm", 32, 1e-4
 
 
 def measure(seed: int, images: int, test_images: int) -> dict[str, Any]:
     """Top-1 in % of the five ways, from one seed's images."""
-    from int8 import trained
+    from int8 import calibration_of, trained
 
     import edge_ibtm
     from edge_ibtm.finetune import FinetuneConfig
@@ -42,9 +41,7 @@ def measure(seed: int, images: int, test_images: int) -> dict[str, Any]:
     start, train, test = trained(MODEL, MERGER)
     config = FinetuneConfig(epochs=1, lr=LR, batch_size=BATCH, seed=seed)
     part = train.first(images, skip=2000 + seed * images)
-    shown = train.first(CALIBRATION, skip=1000)
-    calibration = list(shown.view(shown.images).split(1))
-    test = test.first(test_images)
+    calibration, test = calibration_of(train), test.first(test_images)
 
     def top1(model: Any) -> float:
         import torch
@@ -75,8 +72,8 @@ def table() -> list[str]:
     lines = [
         f"## Trained with rounding (qat): {MODEL} merged with {MERGER}", "",
         f"`python benchmarks/int8_qat.py`: {seeds} seeds, each with {first['images']} training images of its own for one",
-        f"epoch (lr {LR:g}, batches of {BATCH}); top-1 on {first['test_images']} test images in eager; {first['date']}.",
-        "",
+        f"epoch (lr {LR:g}, batches of {BATCH}); top-1 on {first['test_images']} test images in eager;",
+        f"{first['host']}, {first['date']}.", "",
         "| what | top-1, %: mean | standard deviation | seeds |", "|---|--:|--:|---|",
     ]  # fmt: skip
     for key, name in ROWS.items():
@@ -88,7 +85,7 @@ def table() -> list[str]:
 
 def main() -> None:
     """Measure the seeds that are missing."""
-    from edge_ibtm.files import replacing
+    from int8 import keep
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", default="0,1,2")
@@ -100,9 +97,7 @@ def main() -> None:
         path = RESULTS / f"{MODEL}_{MERGER}_{seed}.json"
         if path.is_file():
             continue
-        record = measure(seed, args.images, args.test_images) | {"date": time.strftime("%Y-%m-%d")}
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(record) + "\n")
+        keep(path, measure(seed, args.images, args.test_images))
     print("\n".join(table()))
 
 

@@ -37,7 +37,7 @@ def test_report_sets_qat_beside_rounding_afterwards(tmp_path: Path, monkeypatch:
     assert "qat" not in int8.report()
     for seed, qat in enumerate((64.0, 66.0)):
         top1 = {"start": 65.0, "trained": 66.0, "int8": 64.0, "mixed": 65.5, "qat": qat}
-        record = {"seed": seed, "images": 10, "test_images": 20, "top1": top1, "date": "d"}
+        record = {"seed": seed, "images": 10, "test_images": 20, "top1": top1, "host": "h", "date": "d"}
         (tmp_path / f"m_{seed}.json").write_text(json.dumps(record))
     text = int8.report()
     assert "| qat | 65.00 | 1.41 | 64.0, 66.0 |" in text and "| trained on, mixed | 65.50 | 0.00 | 65.5, 65.5 |" in text
