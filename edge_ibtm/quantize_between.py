@@ -46,11 +46,12 @@ class BetweenQuantizer(Quantizer):  # type: ignore[misc]
         self.activation = activation
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        for node in model.graph.nodes:
-            if node.target is aten.mul.Tensor:
-                self._silu(node)
-            elif node.target is aten.cat.default and all(_quantized(n) for n in node.args[0]):
-                self._concatenation(node)
+        for product in model.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+            self._silu(product)
+        propagate_annotation(model)  # to permutations and reshapes, which a concatenation may read
+        for cat in model.graph.find_nodes(op="call_function", target=aten.cat.default):
+            if all(_quantized(n) for n in cat.args[0]):
+                self._concatenation(cat)
         propagate_annotation(model)
         return model
 

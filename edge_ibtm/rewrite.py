@@ -26,7 +26,7 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
 
     from edge_ibtm.rewrite_attention import SplitAttention, SplitWindowAttention
     from edge_ibtm.rewrite_linear_attention import ChannelFirstMLA, SlicedLinearAttention
-    from edge_ibtm.rewrite_mobilevit import OnePermuteBlock
+    from edge_ibtm.rewrite_mobilevit import MergedMobileVitBlock, MergedOnTokens, OnePermuteBlock
     from edge_ibtm.rewrite_norm import LinearNorm, MeanFreeNorm, PooledGroupNorm
     from edge_ibtm.rewrite_patches import LinearPatches
 
@@ -41,6 +41,7 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
         LiteMLA: ChannelFirstMLA.of,
         LinearSelfAttention: SlicedLinearAttention.of,
         MobileVitBlock: OnePermuteBlock.of,
+        MergedMobileVitBlock: MergedOnTokens.of,
         nn.Dropout: _identity,
         layers.DropPath: _identity,
     }

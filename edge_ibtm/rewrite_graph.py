@@ -26,6 +26,7 @@ def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     if _writes_constants(program):  # folding would take the value before it is written
         program = program.run_decompositions({})
     drop_no_ops(program.graph_module)
+    activate_first(program.graph_module)
     with torch.no_grad():
         program = constant_prop_pass(program)
         drop_ones(program)
@@ -72,6 +73,29 @@ def drop_no_ops(module: GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     module.recompile()
+
+
+def activate_first(module: GraphModule) -> None:
+    """Apply a SiLU before the permutations and reshapes of what it reads, so that those meet the ones behind it; in place."""
+    graph = module.graph
+    for node in [n for n in graph.nodes if n.target in _SILU]:
+        first = node
+        while _moves(first.args[0]):
+            first = first.args[0]
+        if first is node:
+            continue
+        with graph.inserting_before(first):
+            gate = graph.call_function(aten.silu.default, (first.args[0],))
+        gate.meta = {**node.meta, "val": first.args[0].meta["val"]}
+        first.replace_input_with(first.args[0], gate)
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    module.recompile()
+
+
+def _moves(node: Any) -> bool:
+    """Whether a value is another one's permutation or reshape that one operator reads."""
+    return isinstance(node, Node) and node.target in {*_RESHAPES, aten.permute.default} and len(node.users) == 1
 
 
 def drop_ones(program: torch.export.ExportedProgram) -> None:

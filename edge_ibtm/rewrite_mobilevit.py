@@ -1,32 +1,33 @@
-"""MobileViT's unfold and fold by permutations of few axes, no interpolation where none is needed."""
+"""MobileViT's blocks: a map is cut into tokens by one permutation, 1 x 1 convolutions are linear layers of the tokens.
+
+A map's channels stay together, so a permutation moves rows of memory; and it moves the narrow side of the 1 x 1 convolutions.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
 
 
-def unfold(x: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
-    """A map [B, C, H, W] as tokens [B * p, n, C]: p places in a patch, n patches."""
+def unfold(x: Tensor, patch: tuple[int, int]) -> Tensor:
+    """A map [B, C, H, W] as tokens [p * B, n, C]: p places in a patch, n patches."""
     batch, dim, height, width = x.shape
     ph, pw = patch
-    x = x.reshape(batch * dim, height // ph, ph, width // pw, pw).permute(0, 2, 4, 1, 3)
-    x = x.reshape(batch, dim, ph * pw, -1)
-    return x.permute(0, 2, 3, 1).reshape(batch * ph * pw, -1, dim)
+    x = x.permute(0, 2, 3, 1).reshape(batch * height // ph, ph, width // pw, pw, dim)
+    return x.permute(1, 3, 0, 2, 4).reshape(ph * pw * batch, -1, dim)
 
 
-def fold(tokens: torch.Tensor, patch: tuple[int, int], size: tuple[int, int, int]) -> torch.Tensor:
+def fold(tokens: Tensor, patch: tuple[int, int], size: tuple[int, int, int]) -> Tensor:
     """The inverse of `unfold`; size: (batch, height, width)."""
     batch, height, width = size
     ph, pw = patch
-    dim = tokens.shape[-1]
-    x = tokens.reshape(batch, ph * pw, -1, dim).permute(0, 3, 1, 2)
-    x = x.reshape(batch * dim, ph, pw, height // ph, width // pw).permute(0, 3, 1, 4, 2)
-    return x.reshape(batch, dim, height, width)
+    x = tokens.reshape(ph, pw, batch * height // ph, width // pw, -1).permute(2, 0, 3, 1, 4)
+    return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class OnePermuteBlock(nn.Module):
@@ -36,23 +37,86 @@ class OnePermuteBlock(nn.Module):
         super().__init__()
         self.conv_kxk, self.conv_1x1, self.transformer = block.conv_kxk, block.conv_1x1, block.transformer
         self.norm, self.conv_proj, self.conv_fusion = block.norm, block.conv_proj, block.conv_fusion
-        self.patch_size, self.patch_area = block.patch_size, block.patch_area
+        self.patch_size, self.on_tokens = block.patch_size, on_tokens(self)
 
     @classmethod
     def of(cls, block: Any) -> nn.Module:
         return cls(block)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.conv_1x1(self.conv_kxk(x))
-        batch, _, height, width = y.shape
-        ph, pw = self.patch_size
-        rows, columns = math.ceil(height / ph) * ph, math.ceil(width / pw) * pw
-        whole = (rows, columns) == (height, width)
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv_kxk(x)
+        y = self._between(y) if self.on_tokens and _whole(y, self.patch_size) else self._between_maps(y)
+        return y if self.conv_fusion is None else self.conv_fusion(torch.cat((x, y), 1))
+
+    def _between(self, y: Tensor) -> Tensor:
+        tokens = self.norm(self.transformer(self.conv_1x1(unfold(y, self.patch_size))))
+        return fold(self.conv_proj(tokens), self.patch_size, (y.shape[0], y.shape[2], y.shape[3]))
+
+    def _between_maps(self, y: Tensor) -> Tensor:
+        """The same of a map that patches do not divide: it is stretched first, so both convolutions are of maps."""
+        y = self.conv_1x1(y)
+        (batch, _, *size), whole = y.shape, _whole(y, self.patch_size)
+        rows, columns = (-(-side // p) * p for side, p in zip(size, self.patch_size))
         if not whole:
             y = F.interpolate(y, size=(rows, columns), mode="bilinear", align_corners=False)
         tokens = self.norm(self.transformer(unfold(y, self.patch_size)))
         y = fold(tokens, self.patch_size, (batch, rows, columns))
         if not whole:
-            y = F.interpolate(y, size=(height, width), mode="bilinear", align_corners=False)
-        y = self.conv_proj(y)
-        return y if self.conv_fusion is None else self.conv_fusion(torch.cat((x, y), 1))
+            y = F.interpolate(y, size=size, mode="bilinear", align_corners=False)
+        return self.conv_proj(y)  # type: ignore[no-any-return]
+
+
+class MergedOnTokens(MergedMobileVitBlock):
+    """The equal of a MergedMobileVitBlock."""
+
+    @classmethod
+    def of(cls, block: Any) -> nn.Module:
+        """`block` made one of these; itself if its convolutions are of another kind."""
+        if on_tokens(block):
+            block.__class__ = cls
+        return block  # type: ignore[no-any-return]
+
+    def between(self, local: Tensor) -> Tensor:
+        if not _whole(local, self.patch_size):
+            return super().between(local)
+        grid = local.shape[2] // self.patch_size[0], local.shape[3] // self.patch_size[1]
+        z = self._each(self.conv_1x1, self._unfold(local, grid))
+        return self._fold(self._each(self.conv_proj, self._global(z, grid)), grid)
+
+    def _each(self, layer: Any, tokens: Tensor) -> Tensor:
+        """A layer of every pixel of patch tokens [B, N, area * C] -> [B, N, area * C']."""
+        batch, count, width = tokens.shape
+        each: Tensor = layer(tokens.reshape(batch, -1, width // self.patch_area))
+        return each.reshape(batch, count, -1)
+
+
+class Pointwise(nn.Module):
+    """A 1 x 1 Conv2d of maps [B, C, H, W], and its equal for tokens [B, n, C]."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv, self.linear = conv, nn.Linear(conv.in_channels, conv.out_channels, conv.bias is not None)
+        self.linear.weight = nn.Parameter(conv.weight.detach().flatten(1), conv.weight.requires_grad)
+        self.linear.bias = conv.bias  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.ndim == 4 else self.linear(x)  # type: ignore[no-any-return]
+
+
+def on_tokens(block: Any) -> bool:
+    """Make a block's 1 x 1 convolutions take tokens too, in place; False if they, or what follows, are of another kind."""
+    conv, proj = block.conv_1x1, block.conv_proj
+    fits = _is_pointwise(conv) and _is_pointwise(proj.conv) and isinstance(proj.bn, (nn.SiLU, nn.ReLU, nn.Identity))
+    if fits:
+        block.conv_1x1, proj.conv = Pointwise(conv), Pointwise(proj.conv)
+    return fits
+
+
+def _is_pointwise(conv: Any) -> bool:
+    kind = (1, 1), (1, 1), (0, 0), 1
+    return type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == kind
+
+
+def _whole(x: Tensor, patch: tuple[int, int]) -> bool:
+    """Whether patches divide a map [B, C, H, W]."""
+    return x.shape[2] % patch[0] == 0 and x.shape[3] % patch[1] == 0

@@ -42,6 +42,13 @@ def reduce_mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any
     return _product(x, dims, keepdim, 1.0 / math.prod(x.shape[d] for d in dims))
 
 
+def average_pool(x: Tensor, output_size: Any) -> Tensor:
+    """adaptive_avg_pool2d; to one place it is a mean, whatever order the map's axes have in memory."""
+    if x.ndim == 4 and output_size in (1, (1, 1), [1, 1]):
+        return reduce_mean(x, (2, 3), keepdim=True)
+    return torch.ops.aten.adaptive_avg_pool2d.default(x, output_size)  # type: ignore[no-any-return]
+
+
 def reduce_sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     """torch.sum over any axes as a product with a row of ones."""
     return _product(x, _axes(x, dim), keepdim, 1.0)
@@ -102,6 +109,7 @@ REPLACED: dict[Any, Callable[..., Tensor]] = {
     torch.roll: roll,
     torch.mean: reduce_mean,
     torch.Tensor.mean: reduce_mean,
+    F.adaptive_avg_pool2d: average_pool,
     torch.sum: reduce_sum,
     torch.Tensor.sum: reduce_sum,
     torch.Tensor.__getitem__: get_item,

@@ -61,8 +61,8 @@ class WinogradConv(nn.Module):
         m = [F.conv2d(*given) for given in zip(places, self.products, biases)]
         columns = [_halves(m[j::4]) for j in range(4)]
         out = torch.cat([half for i in range(2) for half in _halves([column[i] for column in columns])])
-        out = out.reshape(2, 2, -1, height // 2, width // 2).permute(2, 3, 0, 4, 1)
-        return out.reshape(batch, -1, height, width)
+        out = out.permute(0, 2, 3, 1).reshape(2, 2, batch * height // 2, width // 2, -1).permute(2, 0, 3, 1, 4)
+        return out.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _halves(m: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

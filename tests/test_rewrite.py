@@ -196,6 +196,8 @@ CALLS = {
     "roll one": lambda x: torch.roll(x, shifts=3, dims=-1),
     "mean all": lambda x: x.mean(),
     "mean pooling": lambda x: x.mean((2, 3)),
+    "pool to one place": lambda x: F.adaptive_avg_pool2d(x.contiguous(memory_format=torch.channels_last), 1),
+    "pool to more": lambda x: F.adaptive_avg_pool2d(x, (2, 5)),
     "mean last": lambda x: torch.mean(x, -1, keepdim=True),
     "mean middle": lambda x: x.mean(dim=1),
     "sum": lambda x: x.sum((0, 2), keepdim=True),
@@ -250,6 +252,50 @@ def test_reshapes_of_reshapes_become_one():
     reshapes = [n for n in program.graph.nodes if "reshape" in str(n.target) or "view" in str(n.target)]
     assert len(reshapes) == 5  # lines, turned, once, and the two exponentials
     torch.testing.assert_close(program.module()(x), Model()(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activations_come_before_what_moves_values(inplace):
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.SiLU(inplace=inplace)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.act((2 * x).permute(0, 2, 1).reshape(2, 3, 2, 2))
+            turned = (3 * x).permute(0, 2, 1)
+            return y.permute(0, 2, 3, 1), nn.functional.silu(turned) + turned
+
+    x = torch.randn(2, 4, 3)
+    program = export_rewritten(Moved(), (x,))
+    order = [n.target for n in program.graph.nodes if n.target in (torch.ops.aten.silu.default, torch.ops.aten.permute.default)]
+    silu, permute = torch.ops.aten.silu.default, torch.ops.aten.permute.default
+    assert order == [silu, permute, permute, permute, silu]  # the last one's input is read by something else too
+    for wanted, got in zip(Moved()(x), program.module()(x)):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(64, 2), (80, 1)])
+@pytest.mark.parametrize("density", ["stage", "once", "block"])
+def test_merged_mobilevits_convolve_their_tokens(density, size, batch):
+    model = shaken(timm.create_model("mobilevit_xxs", num_classes=7))
+    model = edge_ibtm.insert_mergers(model, merger="tome", density=density, img_size=size)
+    images = torch.randn(batch, 3, size, size)
+    twin = prepare_for_export(model)
+    with torch.no_grad():
+        assert sqnr(model(images), twin(images)) >= 100
+    kinds = {type(m).__name__ for m in twin.modules()}
+    assert "MergedOnTokens" in kinds and "MergedMobileVitBlock" not in kinds
+
+
+def test_mobilevits_with_other_convolutions_stay_on_maps():
+    block = timm.create_model("mobilevit_xxs").eval().stages[2][1]
+    wide = nn.Conv2d(48, 64, 3, padding=1, bias=False)
+    block.conv_1x1, images = wide, torch.randn(2, 48, 6, 6)
+    twin = prepare_for_export(nn.Sequential(block))
+    assert twin[0].conv_1x1.kernel_size == (3, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(images), block(images), rtol=1e-4, atol=1e-5)
 
 
 def test_repeated_operators_are_computed_once():

@@ -58,7 +58,12 @@ class MergedMobileVitBlock(nn.Module):
         """A map [B, C, H, W] through the block: the same shape, or H' x W' with density "once"."""
         if self.density == "once":
             x = self._merge_map(x)
-        local: Tensor = self.conv_1x1(self.conv_kxk(x))  # type: ignore[operator]
+        y = self.between(self.conv_kxk(x))  # type: ignore[operator]
+        return y if self.conv_fusion is None else self.conv_fusion(torch.cat((x, y), dim=1))
+
+    def between(self, local: Tensor) -> Tensor:
+        """What is between the 3 x 3 convolutions, on a map [B, C, H, W]."""
+        local = self.conv_1x1(local)  # type: ignore[operator]
         size, (ph, pw) = local.shape[2:], self.patch_size
         grid = math.ceil(size[0] / ph), math.ceil(size[1] / pw)
         even = (grid[0] * ph, grid[1] * pw)
@@ -67,19 +72,18 @@ class MergedMobileVitBlock(nn.Module):
         y = self._fold(self._global(self._unfold(local, grid), grid), grid)
         if even != tuple(size):
             y = F.interpolate(y, size=size, mode="bilinear", align_corners=False)
-        y = self.conv_proj(y)  # type: ignore[operator]
-        return y if self.conv_fusion is None else self.conv_fusion(torch.cat((x, y), dim=1))
+        return self.conv_proj(y)  # type: ignore[no-any-return, operator]
 
     def _unfold(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, C, H, W] -> patch tokens [B, N, area * C]."""
-        batch, channels = x.shape[:2]
-        x = x.permute(0, 2, 3, 1).reshape(batch, grid[0], self.patch_size[0], grid[1], self.patch_size[1], channels)
-        return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, grid[0] * grid[1], self.patch_area * channels)
+        (ph, pw), (batch, channels, *_) = self.patch_size, x.shape
+        x = x.permute(0, 2, 3, 1).reshape(batch * grid[0], ph, grid[1], pw, channels)
+        return x.permute(0, 2, 1, 3, 4).reshape(batch, grid[0] * grid[1], self.patch_area * channels)
 
     def _fold(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch tokens [B, N, area * C] -> [B, C, H, W]."""
         (ph, pw), batch = self.patch_size, tokens.shape[0]
-        x = tokens.reshape(batch, *grid, ph, pw, -1).permute(0, 1, 3, 2, 4, 5)
+        x = tokens.reshape(batch * grid[0], grid[1], ph, pw, -1).permute(0, 2, 1, 3, 4)
         return x.reshape(batch, grid[0] * ph, grid[1] * pw, -1).permute(0, 3, 1, 2)
 
     def _pixels(self, tokens: Tensor) -> Tensor:

@@ -1,0 +1,223 @@
+"""XNNPACK's graph before it is written: what moves values there and back is taken out.
+
+ExecuTorch turns every map to channels last for a convolution and back for whatever else reads it, and writes each
+permutation, reshape and conversion of the exported graph as a node of its own. Many undo each other; that can be seen only
+here, where the axes of every value are in the order that they have in memory. Names of constants are shortened too.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
+from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID as NOTHING
+
+Operator = TypeVar("Operator")
+
+
+def name_of(data: bytes) -> Any:
+    """A constant's name as ExecuTorch asks for it (`.hexdigest()`): 96 bits in 16 characters instead of 256 in 64.
+
+    Each name is in a file twice, and a small 8-bit model has some 400 constants.
+    """
+    name = base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:12]).decode()
+    return SimpleNamespace(hexdigest=lambda: name)
+
+
+def simplified(serialize: Callable[[Any, bytearray], bytes]) -> Callable[[Any, bytearray], bytes]:
+    """ExecuTorch's writer of XNNPACK's graph, which simplifies the graph first."""
+
+    def write(graph: schema.XNNGraph, constants: bytearray) -> bytes:
+        simplify(graph)
+        return serialize(graph, constants)
+
+    return write
+
+
+def simplify(graph: schema.XNNGraph) -> None:
+    """Take out nodes that undo each other, and repeated constants; in place. The outputs keep every bit."""
+    while _Graph(graph).simplify():
+        pass
+    _share_constants(graph)
+
+
+class _Graph:
+    """The graph, with the node that makes each value and the operators that read it."""
+
+    def __init__(self, graph: schema.XNNGraph) -> None:
+        self.graph = graph
+        self.values = {_tensor(value).id_out: value for value in graph.xvalues}
+        self.maker: dict[int, schema.XNode] = {}
+        self.readers: dict[int, list[Any]] = defaultdict(list)
+        for node in graph.xnodes:
+            operator = node.xnode_union
+            self.maker[_output(operator)] = node
+            for name in _inputs(operator):
+                self.readers[getattr(operator, name)].append(operator)
+
+    def simplify(self) -> bool:
+        """One pass over all nodes; whether anything changed."""
+        gone = {value for value in self.maker if not self.readers[value] and not self.external(value)}
+        changed = bool(gone)
+        for node in self.graph.xnodes:
+            rule = _RULES.get(type(node.xnode_union))
+            if rule is not None and _output(node.xnode_union) not in gone:
+                lost = rule(self, node)
+                changed |= lost is not None
+                gone.update(lost or ())
+        self.graph.xnodes = [n for n in self.graph.xnodes if _output(n.xnode_union) not in gone]
+        self.graph.xvalues = [v for v in self.graph.xvalues if _tensor(v).id_out not in gone]
+        return changed
+
+    def source(self, operator: Any, kind: type[Operator]) -> Operator | None:
+        """The operator of `kind` that makes another one's input, which nothing else reads."""
+        made = self.maker.get(operator.input_id)
+        alone = len(self.readers[operator.input_id]) == 1 and not self.external(operator.input_id)
+        return made.xnode_union if made is not None and alone and isinstance(made.xnode_union, kind) else None
+
+    def external(self, value: int) -> bool:
+        return _tensor(self.values[value]).external_id != NOTHING
+
+    def dims(self, value: int) -> list[int]:
+        return _tensor(self.values[value]).dims
+
+    def bypass(self, operator: Any, source: Any) -> set[int]:
+        """Let `operator` read what its source reads; returns the value that goes."""
+        gone, operator.input_id = operator.input_id, source.input_id
+        self.readers[source.input_id] = [operator if r is source else r for r in self.readers[source.input_id]]
+        return {gone}
+
+    def forward(self, operator: Any, value: int) -> set[int] | None:
+        """Let whoever reads the operator's output read `value`; returns the value that goes, None if it has to stay."""
+        gone = operator.output_id
+        if self.external(gone):
+            return None
+        for reader in self.readers[gone]:
+            for name in _inputs(reader):
+                if getattr(reader, name) == gone:
+                    setattr(reader, name, value)
+        self.readers[operator.input_id] = [r for r in self.readers[operator.input_id] if r is not operator]
+        self.readers[value] += self.readers[gone]
+        return {gone}
+
+    def transpose(self, node: schema.XNode) -> set[int] | None:
+        """Two permutations are one; one that moves no axis longer than 1 is a reshape."""
+        operator: Any = node.xnode_union
+        first = self.source(operator, schema.XNNStaticTranspose)
+        if first is not None:
+            operator.perm = [first.perm[i] for i in operator.perm]
+            return self.bypass(operator, first)
+        dims = self.dims(operator.input_id)
+        moved = [i for i in operator.perm if dims[i] != 1]
+        if moved != sorted(moved):
+            return None
+        shape = [dims[i] for i in operator.perm]
+        reshape = schema.XNNStaticReshape(len(shape), shape, operator.input_id, operator.output_id, 0)
+        self.readers[operator.input_id] = [reshape if r is operator else r for r in self.readers[operator.input_id]]
+        node.xnode_union = reshape
+        return set()
+
+    def reshape(self, node: schema.XNode) -> set[int] | None:
+        """Two reshapes are one, one that changes nothing is none; 8-bit values are converted after they are reshaped."""
+        operator: Any = node.xnode_union
+        first = self.source(operator, schema.XNNStaticReshape)
+        if first is not None:
+            return self.bypass(operator, first)
+        if self.dims(operator.input_id) == self.dims(operator.output_id):
+            return self.forward(operator, operator.input_id)
+        convert = self.source(operator, schema.XNNConvert)
+        if convert is None or self.steps(convert.input_id) is None:
+            return None
+        self.swap(self.maker[convert.output_id], node)
+        return set()
+
+    def steps(self, value: int) -> schema.PerTensorQuant | None:
+        """The steps of an 8-bit value, where they are the same everywhere."""
+        steps = getattr(self.values[value].xvalue_union, "quant_params", None)
+        return steps if isinstance(steps, schema.PerTensorQuant) else None
+
+    def swap(self, before: schema.XNode, after: schema.XNode) -> None:
+        """An 8-bit value's conversion, then a reshape: the other way round."""
+        convert, reshape = before.xnode_union, after.xnode_union
+        origin, between = convert.input_id, convert.output_id
+        tensor = replace(_tensor(self.values[reshape.output_id]), external_id=NOTHING, flags=0, id_out=between)
+        tensor.datatype = _tensor(self.values[origin]).datatype
+        self.values[between].xvalue_union = schema.XNNQuantizedTensorValue(tensor, self.steps(origin))
+        convert.output_id, convert.input_id = reshape.output_id, between
+        reshape.output_id, reshape.input_id = between, origin
+        before.xnode_union, after.xnode_union = reshape, convert
+        self.readers[origin] = [reshape if r is convert else r for r in self.readers[origin]]
+        self.readers[between] = [convert]
+
+    def convert(self, node: schema.XNode) -> set[int] | None:
+        """An 8-bit value that was converted and is converted back to the same steps is the value itself."""
+        operator: Any = node.xnode_union
+        made = self.maker.get(operator.input_id)
+        first: Any = made.xnode_union if made is not None else None
+        if not isinstance(first, schema.XNNConvert) or (steps := self.steps(operator.output_id)) is None:
+            return None
+        kind, origin = _tensor(self.values[operator.output_id]).datatype, _tensor(self.values[first.input_id]).datatype
+        same = kind == origin and steps == self.steps(first.input_id)
+        return self.forward(operator, first.input_id) if same else None
+
+    def sigmoid(self, node: schema.XNode) -> set[int] | None:
+        """Between two conversions, of 8-bit values."""
+        operator: Any = node.xnode_union
+        first, readers = self.source(operator, schema.XNNConvert), self.readers[operator.output_id]
+        last = readers[0] if len(readers) == 1 and not self.external(operator.output_id) else None
+        if first is None or not isinstance(last, schema.XNNConvert):
+            return None
+        if self.steps(first.input_id) is None or self.steps(last.output_id) is None:
+            return None
+        gone = self.bypass(operator, first) | {operator.output_id}
+        operator.output_id, self.maker[last.output_id].xnode_union = last.output_id, operator
+        node.xnode_union = last
+        last.output_id = last.input_id
+        return gone
+
+
+_RULES: dict[type, Callable[[_Graph, schema.XNode], set[int] | None]] = {
+    schema.XNNStaticTranspose: _Graph.transpose,
+    schema.XNNStaticReshape: _Graph.reshape,
+    schema.XNNConvert: _Graph.convert,
+    schema.XNNSigmoid: _Graph.sigmoid,
+}
+
+
+def _share_constants(graph: schema.XNNGraph) -> None:
+    """Let values of equal constants name one entry; in place."""
+    first: dict[str, int] = {}
+    kept: list[schema.ConstantDataOffset] = []
+    moved = []
+    for constant in graph.constant_data:
+        new = first.setdefault(constant.named_key, len(kept))
+        if new == len(kept):
+            kept.append(constant)
+        moved.append(new)
+    for value in graph.xvalues:
+        tensor, steps = _tensor(value), getattr(value.xvalue_union, "quant_params", None)
+        tensor.constant_buffer_idx = moved[tensor.constant_buffer_idx]
+        if isinstance(steps, schema.PerChannelQuant | schema.PerChannelGroupQuant):
+            steps.scale_buffer_idx = moved[steps.scale_buffer_idx]
+    graph.constant_data = kept
+
+
+def _tensor(value: schema.XValue) -> Any:
+    return getattr(value.xvalue_union, "tensor_value", value.xvalue_union)
+
+
+def _output(operator: Any) -> int:
+    """The value an operator makes; its first, of an operator that makes two."""
+    return getattr(operator, "output_id", getattr(operator, "output_value_id", NOTHING))
+
+
+def _inputs(operator: Any) -> list[str]:
+    """The fields of an operator that name values it reads."""
+    names = [f.name for f in fields(operator) if f.name.endswith("_id") and not f.name.startswith("output")]
+    return [name for name in names if getattr(operator, name) != NOTHING]
