@@ -175,6 +175,18 @@ class Sorts(nn.Module):
         return torch.sort(x.flatten(1), dim=-1).values * 2
 
 
+def test_a_failed_lowering_names_the_pass(tmp_path, monkeypatch):
+    from executorch.exir.passes.const_prop_pass import ConstPropPass
+
+    def broken(self, module):
+        raise ValueError("no such constant")
+
+    monkeypatch.setattr(ConstPropPass, "call", broken)
+    with pytest.raises(EdgeIBTMError, match="lowering to xnnpack failed in ConstPropPass: no such constant"):
+        lower(nn.Flatten(), torch.randn(1, 3, 2, 2), tmp_path / "m.pte")
+    assert not list(tmp_path.iterdir())
+
+
 def test_check_finds_missing_kernels():
     found = check(Sorts(), torch.randn(1, 3, 4, 4))
     assert any("sort" in name for name in found.missing) and not found.ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -141,8 +142,10 @@ def lower_exported(program: torch.export.ExportedProgram, path: Path, backend: B
             edge = backend.to_edge(program)
             counts = delegation(edge.exported_program().graph_module)
             lowered = edge.to_executorch()
-    except Exception as error:  # pass managers wrap whatever a pass raised in a bare Exception
-        raise EdgeIBTMError(f"lowering to {backend.name} failed: {first_line(error.__cause__ or error)}") from error
+    except Exception as error:  # pass managers wrap whatever a pass raised in a bare Exception that names the pass
+        where = re.search(r"running the '([^']+)' pass", str(error))
+        place = f" in {where[1]}" if where else ""
+        raise EdgeIBTMError(f"lowering to {backend.name} failed{place}: {first_line(error.__cause__ or error)}") from error
     write_program(lowered, path)
     return artifact_of(path, backend.name, counts)
 
