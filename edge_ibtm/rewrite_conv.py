@@ -47,3 +47,9 @@ def _fold(conv: nn.Module, norm: Any) -> nn.Module | None:
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=conv.weight.requires_grad)
     return conv
+
+
+def is_pointwise(conv: Any) -> bool:
+    """Whether a module is a 1 x 1 Conv2d that reads every place alone."""
+    kind = (1, 1), (1, 1), (0, 0), 1
+    return type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == kind

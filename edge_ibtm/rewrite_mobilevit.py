@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
+from edge_ibtm.rewrite_conv import is_pointwise
 
 
 def unfold(x: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -106,15 +107,10 @@ class Pointwise(nn.Module):
 def on_tokens(block: Any) -> bool:
     """Make a block's 1 x 1 convolutions take tokens too, in place; False if they, or what follows, are of another kind."""
     conv, proj = block.conv_1x1, block.conv_proj
-    fits = _is_pointwise(conv) and _is_pointwise(proj.conv) and isinstance(proj.bn, (nn.SiLU, nn.ReLU, nn.Identity))
+    fits = is_pointwise(conv) and is_pointwise(proj.conv) and isinstance(proj.bn, (nn.SiLU, nn.ReLU, nn.Identity))
     if fits:
         block.conv_1x1, proj.conv = Pointwise(conv), Pointwise(proj.conv)
     return fits
-
-
-def _is_pointwise(conv: Any) -> bool:
-    kind = (1, 1), (1, 1), (0, 0), 1
-    return type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == kind
 
 
 def _whole(x: Tensor, patch: tuple[int, int]) -> bool:

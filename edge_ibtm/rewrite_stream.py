@@ -22,6 +22,7 @@ from edge_ibtm.backbones.common import MergedBlocks
 from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
 from edge_ibtm.mergers import IBTM
 from edge_ibtm.rewrite_attention import never_pads
+from edge_ibtm.rewrite_conv import is_pointwise
 from edge_ibtm.rewrite_norm import Centred, MeanFreeNorm
 from edge_ibtm.site import Site
 
@@ -77,15 +78,15 @@ def _fold_block(block: Any) -> None:
             setattr(block, scale, nn.Identity())
 
 
-def _fold_affine(norm: Any, *readers: nn.Linear) -> None:
-    """Scale and shift of a LayerNorm into the linear layers that alone read it."""
+def _fold_affine(norm: Any, *readers: nn.Linear | nn.Conv2d) -> None:
+    """Scale and shift of a LayerNorm into the linear layers, or 1 x 1 convolutions, that alone read it."""
     if not _is_norm(norm) or norm.weight is None:
         return
     for layer in readers:
-        weight, bias = layer.weight.double(), layer.bias
+        weight, bias = layer.weight.double().flatten(1), layer.bias
         if norm.bias is not None:
             bias = weight @ norm.bias.double() + (0 if bias is None else bias.double())
-        _set(layer, weight * norm.weight.double(), bias)
+        _set(layer, (weight * norm.weight.double()).reshape(layer.weight.shape), bias)
     norm.weight = norm.bias = None
 
 
@@ -141,6 +142,8 @@ def _free_vit(vit: Any) -> None:
 
 def _free_mobilevit(block: Any) -> None:
     """The transformer's stream; where a site stands before it, whose similarities see the mean, from behind the site on."""
+    if is_pointwise(block.conv_proj.conv):
+        _fold_affine(block.norm, block.conv_proj.conv)
     if not all(map(_is_plain, block.transformer)) or not _is_norm(block.norm):
         return
     density = getattr(block, "density", "once")

@@ -22,11 +22,11 @@ Operator = TypeVar("Operator")
 
 
 def name_of(data: bytes) -> Any:
-    """A constant's name as ExecuTorch asks for it (`.hexdigest()`): 96 bits in 16 characters instead of 256 in 64.
+    """A constant's name as ExecuTorch asks for it (`.hexdigest()`): 64 bits in 11 characters instead of 256 in 64.
 
     Each name is in a file twice, and a small 8-bit model has some 400 constants.
     """
-    name = base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:12]).decode()
+    name = base64.urlsafe_b64encode(hashlib.sha256(data).digest()[:8]).decode().rstrip("=")
     return SimpleNamespace(hexdigest=lambda: name)
 
 
