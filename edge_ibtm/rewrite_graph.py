@@ -27,6 +27,7 @@ def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
         program = program.run_decompositions({})
     drop_no_ops(program.graph_module)
     activate_first(program.graph_module)
+    add_as_bias(program.graph_module)
     with torch.no_grad():
         program = constant_prop_pass(program)
         drop_ones(program)
@@ -90,6 +91,26 @@ def activate_first(module: GraphModule) -> None:
         first.replace_input_with(first.args[0], gate)
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
+    module.recompile()
+
+
+def add_as_bias(module: GraphModule) -> None:
+    """Let linear layers without a bias add the number that is added to their output (a norm's eps); in place."""
+    graph = module.graph
+    for node in [n for n in graph.nodes if n.target is aten.add.Tensor and not n.kwargs]:
+        for layer, number in (node.args, node.args[::-1]):
+            alone = isinstance(layer, Node) and layer.target is aten.linear.default and len(layer.users) == 1
+            if not alone or not isinstance(number, (int, float)) or layer.args[2:] not in ((), (None,)):
+                continue
+            value = layer.meta["val"]
+            with graph.inserting_before(layer):
+                kind = {"dtype": value.dtype, "device": value.device}
+                bias = graph.call_function(aten.full.default, ([value.shape[-1]], float(number)), kind)
+            bias.meta["val"] = value.new_empty(value.shape[-1:])
+            layer.args = (*layer.args[:2], bias)
+            node.replace_all_uses_with(layer)
+            graph.erase_node(node)
+            break
     module.recompile()
 
 

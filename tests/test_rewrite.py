@@ -275,6 +275,24 @@ def test_activations_come_before_what_moves_values(inplace):
         torch.testing.assert_close(got, wanted)
 
 
+def test_numbers_added_to_a_product_are_its_bias():
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.biased, self.read = nn.Linear(4, 3, bias=False), nn.Linear(4, 3), nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            twice = self.read(x)
+            return (self.plain(x) + 0.5) * (2 + self.biased(x)) * (twice + 1) * twice
+
+    model, x = Sums().eval(), torch.randn(2, 5, 4)
+    program = export_rewritten(model, (x,))
+    added = [n for n in program.graph.nodes if n.target is torch.ops.aten.add.Tensor]
+    layers = [n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default]
+    assert len(added) == 2 and [len(n.args) for n in layers].count(3) == 2
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize(("size", "batch"), [(64, 2), (80, 1)])
 @pytest.mark.parametrize("density", ["stage", "once", "block"])
 def test_merged_mobilevits_convolve_their_tokens(density, size, batch):
