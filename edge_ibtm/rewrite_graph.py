@@ -23,7 +23,7 @@ def tidy(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
 
     from edge_ibtm.rewrite_share import share
 
-    if _writes_constants(program):  # folding would take the value before it is written
+    if _writes_constants(program) or _writes_what_is_read(program.graph):  # the order of writing and reading would be lost
         program = program.run_decompositions({})
     drop_no_ops(program.graph_module)
     activate_first(program.graph_module)
@@ -45,6 +45,13 @@ def _writes_constants(program: torch.export.ExportedProgram) -> bool:
         if node.name in program.graph_signature.user_inputs or computed.intersection(node.all_input_nodes):
             computed.add(node)
     return any(node not in computed for node in written_values(program.graph))
+
+
+def _writes_what_is_read(graph: torch.fx.Graph) -> bool:
+    """Whether an operator writes in place what another one reads too."""
+    from edge_ibtm.rewrite_share import written_by
+
+    return any(value is not node and len(value.users) > 1 for node in graph.nodes for value in written_by(node))
 
 
 def own_constants(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -98,19 +105,19 @@ def add_as_bias(module: GraphModule) -> None:
     """Let linear layers without a bias add the number that is added to their output (a norm's eps); in place."""
     graph = module.graph
     for node in [n for n in graph.nodes if n.target is aten.add.Tensor and not n.kwargs]:
-        for layer, number in (node.args, node.args[::-1]):
-            alone = isinstance(layer, Node) and layer.target is aten.linear.default and len(layer.users) == 1
-            if not alone or not isinstance(number, (int, float)) or layer.args[2:] not in ((), (None,)):
-                continue
-            value = layer.meta["val"]
-            with graph.inserting_before(layer):
-                kind = {"dtype": value.dtype, "device": value.device}
-                bias = graph.call_function(aten.full.default, ([value.shape[-1]], float(number)), kind)
-            bias.meta["val"] = value.new_empty(value.shape[-1:])
-            layer.args = (*layer.args[:2], bias)
-            node.replace_all_uses_with(layer)
-            graph.erase_node(node)
-            break
+        layer, number = node.args if isinstance(node.args[0], Node) else node.args[::-1]
+        if not isinstance(number, (int, float)) or layer.target is not aten.linear.default or len(layer.users) > 1:
+            continue
+        if layer.args[2:] not in ((), (None,)):
+            continue
+        value = layer.meta["val"]
+        with graph.inserting_before(layer):
+            kind = {"dtype": value.dtype, "device": value.device}
+            bias = graph.call_function(aten.full.default, ([value.shape[-1]], float(number)), kind)
+        bias.meta["val"] = value.new_empty(value.shape[-1:])
+        layer.args = (*layer.args[:2], bias)
+        node.replace_all_uses_with(layer)
+        graph.erase_node(node)
     module.recompile()
 
 

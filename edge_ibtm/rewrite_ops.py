@@ -46,7 +46,7 @@ def average_pool(x: Tensor, output_size: Any) -> Tensor:
     """adaptive_avg_pool2d; to one place it is a mean, whatever order the map's axes have in memory."""
     if x.ndim == 4 and output_size in (1, (1, 1), [1, 1]):
         return reduce_mean(x, (2, 3), keepdim=True)
-    return torch.ops.aten.adaptive_avg_pool2d.default(x, output_size)  # type: ignore[no-any-return]
+    return F.adaptive_avg_pool2d(x, output_size)
 
 
 def reduce_sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:

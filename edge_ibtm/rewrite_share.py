@@ -36,11 +36,15 @@ def share(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
 def written_values(graph: torch.fx.Graph) -> Iterator[Node]:
     """Values that an operator writes in place, and what they are views of."""
     for node in graph.nodes:
-        if node.op == "call_function" and _schema_of(node) is not None and _schema_of(node).is_mutable:
-            value: Any = node
-            while isinstance(value, Node):
-                yield value
-                value = value.args[0] if value.args and value.op == "call_function" and aliases(value) else None
+        yield from written_by(node)
+
+
+def written_by(node: Node) -> Iterator[Node]:
+    """An operator that writes in place, and from its input on what that is a view of; nothing for another operator."""
+    value: Any = node if node.op == "call_function" and _schema_of(node) is not None and _schema_of(node).is_mutable else None
+    while isinstance(value, Node):
+        yield value
+        value = value.args[0] if value.args and value.op == "call_function" and aliases(value) else None
 
 
 def _schema_of(node: Node) -> Any:
