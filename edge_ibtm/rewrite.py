@@ -24,9 +24,10 @@ def rewrites() -> dict[type[nn.Module], Rewrite]:
     from timm.models.mobilevit import LinearSelfAttention, MobileVitBlock
     from timm.models.swin_transformer import WindowAttention
 
+    from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
     from edge_ibtm.rewrite_attention import SplitAttention, SplitWindowAttention
     from edge_ibtm.rewrite_linear_attention import ChannelFirstMLA, SlicedLinearAttention
-    from edge_ibtm.rewrite_mobilevit import MergedMobileVitBlock, MergedOnTokens, OnePermuteBlock
+    from edge_ibtm.rewrite_mobilevit import MergedOnTokens, OnePermuteBlock
     from edge_ibtm.rewrite_norm import LinearNorm, MeanFreeNorm, PooledGroupNorm
     from edge_ibtm.rewrite_patches import LinearPatches
 

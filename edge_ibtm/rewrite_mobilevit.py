@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
+from edge_ibtm.rewrite_attention import linear_of
 from edge_ibtm.rewrite_conv import is_pointwise
 
 
@@ -54,7 +55,7 @@ class OnePermuteBlock(nn.Module):
         return fold(self.conv_proj(tokens), self.patch_size, (y.shape[0], y.shape[2], y.shape[3]))
 
     def _between_maps(self, y: Tensor) -> Tensor:
-        """The same of a map that patches do not divide: it is stretched first, so both convolutions are of maps."""
+        """The same with convolutions of maps: of any kind, and of a map that is stretched where patches do not divide it."""
         y = self.conv_1x1(y)
         (batch, _, *size), whole = y.shape, _whole(y, self.patch_size)
         rows, columns = (-(-side // p) * p for side, p in zip(size, self.patch_size))
@@ -96,9 +97,7 @@ class Pointwise(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.conv, self.linear = conv, nn.Linear(conv.in_channels, conv.out_channels, conv.bias is not None)
-        self.linear.weight = nn.Parameter(conv.weight.detach().flatten(1), conv.weight.requires_grad)
-        self.linear.bias = conv.bias  # type: ignore[assignment]
+        self.conv, self.linear = conv, linear_of(conv.weight.detach().flatten(1), conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) if x.ndim == 4 else self.linear(x)  # type: ignore[no-any-return]

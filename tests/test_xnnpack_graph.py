@@ -225,6 +225,17 @@ def test_names_of_constants_are_short_and_their_own(contents):
     assert first != second and len(first) == len(second) == 11
 
 
+def test_executorch_is_left_as_it_was():
+    from executorch.backends.xnnpack import xnnpack_preprocess
+    from executorch.backends.xnnpack.operators import node_visitor
+
+    before = xnnpack_preprocess.serialize_xnnpack_binary, node_visitor.hashlib
+    with pytest.raises(ValueError), xnnpack_graph.simplified():
+        assert xnnpack_preprocess.serialize_xnnpack_binary is not before[0] and node_visitor.hashlib is not before[1]
+        raise ValueError
+    assert (xnnpack_preprocess.serialize_xnnpack_binary, node_visitor.hashlib) == before
+
+
 def lowered(model, images, path, monkeypatch, simplifies=True):
     """The artifact and XNNPACK's graph as it is written."""
     graphs = []

@@ -3,9 +3,8 @@
 ExecuTorch's pipeline retraces the whole graph with fake tensors after every pass, regenerates Python code that nobody
 runs, verifies it after every step, copies each node's ancestry at every retrace, builds patterns for operators the
 graph does not hold, lists all of a program's inputs to ask whether an operator is one of them (three times for each
-tensor), and resolves a class's type hints for each field that it writes. Inside `lean()` that is switched off, and the
-delegate's own graph is simplified before it is written (`xnnpack_graph`); the artifact is proved afterwards by running it
-(`verify`).
+tensor), and resolves a class's type hints for each field that it writes. Inside `lean()` that is switched off; the
+artifact is proved afterwards by running it (`verify`).
 """
 
 from __future__ import annotations
@@ -31,15 +30,12 @@ _HOOKS = (
 @contextmanager
 def lean() -> Iterator[None]:
     """Switch off redundant retracing, code generation, verification and provenance copies while the block runs."""
-    from executorch.backends.xnnpack import _passes, xnnpack_preprocess
-    from executorch.backends.xnnpack.operators import node_visitor
+    from executorch.backends.xnnpack import _passes
     from executorch.backends.xnnpack.utils import utils as xnnpack_utils
     from executorch.exir import pass_base, pass_manager
     from executorch.exir._serialize import _dataclass
     from torch._export.verifier import Verifier
     from torch.fx import traceback
-
-    from edge_ibtm.targets.xnnpack_graph import name_of, simplified
 
     shallow = SimpleNamespace(copy=copy.copy, deepcopy=lambda value, memo=None: value)
     base = pass_base._ExportPassBase
@@ -54,8 +50,6 @@ def lean() -> Iterator[None]:
             (GraphModule, "recompile", _lazy(GraphModule.recompile)),
             (GraphModule, "print_readable", lambda self, *args, **kwargs: ""),
             (_passes.XNNPACKPassManager, "transform", _transform_needed(_passes.XNNPACKPassManager.transform)),
-            (xnnpack_preprocess, "serialize_xnnpack_binary", simplified(xnnpack_preprocess.serialize_xnnpack_binary)),
-            (node_visitor, "hashlib", SimpleNamespace(sha256=name_of)),
             (_dataclass, "get_type_hints", cache(_dataclass.get_type_hints)),
             *((xnnpack_utils, name, _of_inputs(getattr(xnnpack_utils, name)))
               for name in ("is_param", "is_buffer", "is_lifted_tensor_constant")),

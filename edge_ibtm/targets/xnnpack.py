@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,15 @@ __all__ = ["lower_xnnpack", "run_pte"]
 
 def lower_xnnpack(model: Any, inputs: tuple[torch.Tensor, ...], path: Path) -> Artifact:
     """Lower to a `.pte` whose delegated parts run in XNNPACK (fp32, or int8 where the graph is quantized)."""
-    return lower_program(model, inputs, path, Backend("xnnpack", _to_edge, lean, _further))
+    return lower_program(model, inputs, path, Backend("xnnpack", _to_edge, _context, _further))
+
+
+@contextmanager
+def _context() -> Iterator[None]:
+    from edge_ibtm.targets.xnnpack_graph import simplified
+
+    with lean(), simplified():
+        yield
 
 
 def _further(model: nn.Module) -> nn.Module:

@@ -10,11 +10,15 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest.mock import patch
 
+from executorch.backends.xnnpack import xnnpack_preprocess
+from executorch.backends.xnnpack.operators import node_visitor
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
 from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID as NOTHING
 
@@ -30,14 +34,18 @@ def name_of(data: bytes) -> Any:
     return SimpleNamespace(hexdigest=lambda: name)
 
 
-def simplified(serialize: Callable[[Any, bytearray], bytes]) -> Callable[[Any, bytearray], bytes]:
-    """ExecuTorch's writer of XNNPACK's graph, which simplifies the graph first."""
+@contextmanager
+def simplified() -> Iterator[None]:
+    """Let ExecuTorch simplify XNNPACK's graphs before it writes them, and shorten names, while the block runs."""
+    serialize = xnnpack_preprocess.serialize_xnnpack_binary
 
     def write(graph: schema.XNNGraph, constants: bytearray) -> bytes:
         simplify(graph)
-        return serialize(graph, constants)
+        return serialize(graph, constants)  # type: ignore[no-any-return]
 
-    return write
+    names = patch.object(node_visitor, "hashlib", SimpleNamespace(sha256=name_of))
+    with patch.object(xnnpack_preprocess, "serialize_xnnpack_binary", write), names:
+        yield
 
 
 def simplify(graph: schema.XNNGraph) -> None:
@@ -90,8 +98,12 @@ class _Graph:
     def bypass(self, operator: Any, source: Any) -> set[int]:
         """Let `operator` read what its source reads; returns the value that goes."""
         gone, operator.input_id = operator.input_id, source.input_id
-        self.readers[source.input_id] = [operator if r is source else r for r in self.readers[source.input_id]]
+        self.hand_over(source.input_id, source, operator)
         return {gone}
+
+    def hand_over(self, value: int, old: Any, new: Any) -> None:
+        """Note that `new` reads a value where `old` did."""
+        self.readers[value] = [new if reader is old else reader for reader in self.readers[value]]
 
     def forward(self, operator: Any, value: int) -> set[int] | None:
         """Let whoever reads the operator's output read `value`; returns the value that goes, None if it has to stay."""
@@ -119,7 +131,7 @@ class _Graph:
             return None
         shape = [dims[i] for i in operator.perm]
         reshape = schema.XNNStaticReshape(len(shape), shape, operator.input_id, operator.output_id, 0)
-        self.readers[operator.input_id] = [reshape if r is operator else r for r in self.readers[operator.input_id]]
+        self.hand_over(operator.input_id, operator, reshape)
         node.xnode_union = reshape
         return set()
 
@@ -146,14 +158,18 @@ class _Graph:
         """An 8-bit value's conversion, then a reshape: the other way round."""
         convert, reshape = before.xnode_union, after.xnode_union
         origin, between = convert.input_id, convert.output_id
-        tensor = replace(_tensor(self.values[reshape.output_id]), external_id=NOTHING, flags=0, id_out=between)
-        tensor.datatype = _tensor(self.values[origin]).datatype
-        self.values[between].xvalue_union = schema.XNNQuantizedTensorValue(tensor, self.steps(origin))
+        self.round(between, self.dims(reshape.output_id), origin)
         convert.output_id, convert.input_id = reshape.output_id, between
         reshape.output_id, reshape.input_id = between, origin
         before.xnode_union, after.xnode_union = reshape, convert
-        self.readers[origin] = [reshape if r is convert else r for r in self.readers[origin]]
+        self.hand_over(origin, convert, reshape)
         self.readers[between] = [convert]
+
+    def round(self, value: int, dims: list[int], like: int) -> None:
+        """Make a value between operators one of 8 bits, of `dims`, with the steps of another."""
+        tensor = replace(_tensor(self.values[like]), num_dims=len(dims), dims=dims, id_out=value)
+        tensor.constant_buffer_idx, tensor.external_id, tensor.flags = 0, NOTHING, 0
+        self.values[value].xvalue_union = schema.XNNQuantizedTensorValue(tensor, self.steps(like))
 
     def convert(self, node: schema.XNode) -> set[int] | None:
         """An 8-bit value that was converted and is converted back to the same steps is the value itself."""
@@ -175,11 +191,11 @@ class _Graph:
             return None
         if self.steps(first.input_id) is None or self.steps(last.output_id) is None:
             return None
-        gone = self.bypass(operator, first) | {operator.output_id}
-        operator.output_id, self.maker[last.output_id].xnode_union = last.output_id, operator
-        node.xnode_union = last
-        last.output_id = last.input_id
-        return gone
+        gone = self.forward(last, operator.output_id)
+        if gone is None:
+            return None
+        self.round(operator.output_id, self.dims(operator.output_id), last.output_id)
+        return gone | self.bypass(operator, first)
 
 
 _RULES: dict[type, Callable[[_Graph, schema.XNode], set[int] | None]] = {
