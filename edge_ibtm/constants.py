@@ -75,7 +75,7 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "column": lambda n, i: np.eye(n)[:, i : i + 1],
         "stays": lambda lines, n: np.ones((lines, 1, n)),
         "sizes": lambda lines, n: np.ones((lines, n)),
-        "earlier": lambda n: np.triu(np.ones((n, n)), 1),
+        "first": lambda n: np.eye(n) - np.triu(np.ones((n, n)), 1),
         "protect_even": lambda n, k: -PROTECTED * (np.arange(n) * 2 < k)[:, None],
         "protect_odd": lambda n, k: -PROTECTED * (np.arange(n) * 2 + 1 < k),
         "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),

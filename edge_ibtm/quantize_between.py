@@ -20,6 +20,8 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from edge_ibtm.quantize import module_types
+
 aten = torch.ops.aten
 _SIGMOID = FixedQParamsQuantizationSpec(  # steps of 1/256 from 0 on, the finest that cover its range
     dtype=torch.int8, scale=1 / 256, zero_point=-128, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_affine
@@ -27,12 +29,19 @@ _SIGMOID = FixedQParamsQuantizationSpec(  # steps of 1/256 from 0 on, the finest
 
 
 class LayerQuantizer(XNNPACKQuantizer):  # type: ignore[misc]
-    """XNNPACK's quantizer but for concatenations: it would quantize all of them, whatever its filter says.
+    """XNNPACK's quantizer but for concatenations and the means of our own modules, whatever its filter says.
 
-    Merge sites are full of them, and a roll's pieces, rounded with other steps than the whole, are not delegated.
+    Merge sites are full of concatenations, and a roll's pieces, rounded with other steps than the whole, are not delegated. A
+    mean that decides what merges would be rounded to the steps of what it is taken of.
     """
 
     SUPPORTED_PATTERNS: ClassVar = [p for p in XNNPACKQuantizer.SUPPORTED_PATTERNS if p.name != "cat"]
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        for mean in model.graph.find_nodes(op="call_function", target=aten.mean.dim):
+            if (module_types(mean) or [""])[-1].startswith("edge_ibtm."):
+                mean.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(_annotated=True)
+        return super().annotate(model)  # type: ignore[no-any-return]
 
 
 class BetweenQuantizer(Quantizer):  # type: ignore[misc]

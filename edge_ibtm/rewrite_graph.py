@@ -102,20 +102,22 @@ def activate_first(module: GraphModule) -> None:
 
 
 def add_as_bias(module: GraphModule) -> None:
-    """Let linear layers without a bias add the number that is added to their output (a norm's eps); in place."""
+    """Let products of tokens without a bias add the number that is added to their output (a norm's eps); in place."""
     graph = module.graph
     for node in [n for n in graph.nodes if n.target is aten.add.Tensor and not n.kwargs]:
         layer, number = node.args if isinstance(node.args[0], Node) else node.args[::-1]
-        if not isinstance(number, (int, float)) or layer.target is not aten.linear.default or len(layer.users) > 1:
+        if not isinstance(number, (int, float)) or len(layer.users) > 1:
             continue
-        if layer.args[2:] not in ((), (None,)):
+        matrices = layer.target is aten.matmul.default and all(a.meta["val"].ndim == 2 for a in layer.args)
+        if not matrices and (layer.target is not aten.linear.default or layer.args[2:] not in ((), (None,))):
             continue
         value = layer.meta["val"]
         with graph.inserting_before(layer):
             kind = {"dtype": value.dtype, "device": value.device}
             bias = graph.call_function(aten.full.default, ([value.shape[-1]], float(number)), kind)
         bias.meta["val"] = value.new_empty(value.shape[-1:])
-        layer.args = (*layer.args[:2], bias)
+        layer.args = (bias, *layer.args) if matrices else (*layer.args[:2], bias)
+        layer.target = aten.addmm.default if matrices else layer.target
         node.replace_all_uses_with(layer)
         graph.erase_node(node)
     module.recompile()

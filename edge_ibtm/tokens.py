@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .constants import PROTECTED, constant
@@ -149,7 +150,10 @@ def less(scores: Tensor, penalty: Tensor) -> Tensor:
 
 
 def row_max(x: Tensor) -> Tensor:
-    """Maximum over the last axis, kept as an axis of 1, by pairwise maxima."""
+    """Maximum over the last axis, kept as an axis of 1: in an exported graph by pooling, else by pairwise maxima."""
+    if torch.compiler.is_exporting() and x.shape[-1] > 2:
+        row = (1, x.shape[-1])
+        return F.max_pool2d(x.reshape(1, 1, -1, row[1]), row, row).reshape(*x.shape[:-1], 1)
     while (n := x.shape[-1]) > 1:
         half = (n + 1) // 2
         x = torch.maximum(x[..., :half], x[..., n - half :])
@@ -161,8 +165,7 @@ def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     n = x.shape[-1]
     top = row_max(x)
     equal = greater(x, top, 1.0)
-    earlier = equal @ constant("earlier", n, like=x)
-    return top, torch.clamp(equal - earlier, 0.0, 1.0)
+    return top, torch.clamp(equal @ constant("first", n, like=x), 0.0, 1.0)
 
 
 def rank(values: Tensor) -> Tensor:

@@ -119,3 +119,15 @@ def test_qat_quantizes_silu(mobilevit):
     assert gates(converted, True) and not gates(converted, False)
     with torch.no_grad():
         assert sqnr_db(model(batches[0]), converted(batches[0])) >= 20
+
+
+@pytest.mark.parametrize("family", ["mobilevit", "vit"])
+def test_means_that_decide_what_merges_stay_in_float(family):
+    torch.manual_seed(0)
+    model, size = BACKBONES[family].twin()
+    insert_mergers(model, merger="ibtm", img_size=size)
+    batches = [torch.randn(1, 3, size, size) for _ in range(2)]
+    float_means = [n for n in capture_graph(model, batches[0]).graph.nodes if n.target is torch.ops.aten.mean.dim]
+    means = [n for n in quantize(model, batches, scheme="int8").graph.nodes if n.target is torch.ops.aten.mean.dim]
+    rounded = [n for n in means if any(u.name.startswith("quantize_per_tensor") for u in n.users)]
+    assert len(means) == len(float_means) and len(rounded) == (family == "mobilevit")  # timm's own, before the classifier

@@ -10,6 +10,8 @@ from torch import nn
 
 from edge_ibtm.quantize import capture_graph
 from edge_ibtm.rewrite import export_rewritten
+from edge_ibtm.targets import lower
+from edge_ibtm.targets.runtime import run_pte
 
 
 def test_export_folds_what_depends_on_no_input():
@@ -78,6 +80,18 @@ def test_numbers_added_to_a_product_are_its_bias():
     layers = [n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default]
     assert len(added) == 2 and [len(n.args) for n in layers].count(3) == 2
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_numbers_added_to_a_product_of_two_matrices_are_its_bias(tmp_path):
+    class Length(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.rsqrt((x * x) @ torch.ones(4, 2) + 0.5)
+
+    x = torch.randn(3, 4)
+    artifact = lower(Length().eval(), x, tmp_path / "length.pte")
+    program = export_rewritten(Length().eval(), (x,))
+    assert artifact.subgraphs == 1 and not [n for n in program.graph.nodes if n.target is torch.ops.aten.add.Tensor]
+    torch.testing.assert_close(run_pte(artifact.path, x)[0], Length()(x))
 
 
 def test_repeated_operators_are_computed_once():

@@ -180,6 +180,16 @@ def test_short_lines_are_exported_with_the_same_cosines(length: int, seed: int) 
         assert torch.equal(tokens.less(wanted, metric[..., 0]), lowered)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 10**6))
+def test_the_first_maximum_is_exported_as_it_is(length: int, seed: int) -> None:
+    x = torch.randint(-3, 3, (2, 5, length), generator=torch.Generator().manual_seed(seed)).float()  # ties
+    top, first = tokens.first_max(x)
+    assert torch.equal(top[..., 0], x.amax(-1)) and torch.equal(first.argmax(-1), x.argmax(-1)) and (first.sum(-1) == 1).all()
+    with exporting():
+        assert all(torch.equal(a, b) for a, b in zip(tokens.first_max(x), (top, first)))
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.integers(2, short_lines.SHORT), st.booleans(), st.booleans(), st.data())
 def test_short_lines_are_exported_with_the_same_merges(length: int, ordered: bool, drop: bool, data: st.DataObject) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import edge_ibtm
 from edge_ibtm.targets import xnnpack_graph
 from edge_ibtm.targets.runtime import run_pte
-from edge_ibtm.targets.xnnpack_graph import name_of, simplify
+from edge_ibtm.targets.xnnpack_graph import TRANSPOSED_SECOND, name_of, simplify
 
 FLOAT, INT8 = schema.XNNDatatype.xnn_datatype_fp32, schema.XNNDatatype.xnn_datatype_qint8
 SIGMOID = schema.PerTensorQuant(1 / 256, -128)
@@ -65,6 +65,10 @@ class Graph:
     def sum(self, first, second):
         return self.add(schema.XNNAdd(first, second, self.value(self.dims(first)), 0))
 
+    def product(self, first, second):
+        out = self.value([*self.dims(first)[:-1], self.dims(second)[-1]])
+        return self.add(schema.XNNBatchMatrixMultiply(first, second, out, 0))
+
     def ends(self, *values):
         for i, value in enumerate(values):
             tensor_of(self.graph.xvalues[value]).external_id = 1 + i
@@ -102,6 +106,10 @@ def run(graph, x):
             floats = to_float(values[source], steps[source]) if steps[source] else values[source]
             gate = 1 / (1 + np.exp(-floats))
             result = to_steps(gate, steps[out]) if steps[out] else gate
+        elif isinstance(operator, schema.XNNBatchMatrixMultiply):
+            second = values[operator.input2_id]
+            second = second.swapaxes(-1, -2) if operator.flags == TRANSPOSED_SECOND else second
+            result = np.ascontiguousarray(values[operator.input1_id]) @ np.ascontiguousarray(second)
         else:
             result = values[operator.input1_id] + values[operator.input2_id]
         declared = tensor_of(known[out])
@@ -124,7 +132,7 @@ def graphs(draw):
     value, earlier = 0, [0]
     for _ in range(draw(st.integers(1, 14))):
         shape, floats = made.dims(value), made.steps(value) is None
-        step = draw(st.sampled_from("ttrrccsja"))
+        step = draw(st.sampled_from("ttrrccsjapp"))
         if step == "t":
             value = made.transpose(value, draw(st.permutations(range(len(shape)))))
         elif step == "r":
@@ -138,6 +146,10 @@ def graphs(draw):
         elif step == "a" and floats:
             alike = [v for v in earlier if made.dims(v) == shape and made.steps(v) is None]
             value = made.sum(value, draw(st.sampled_from(alike))) if alike else value
+        elif step == "p" and floats and len(shape) > 1:
+            ends = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+            alike = [v for v in earlier if made.dims(v) == [shape[i] for i in ends] and made.steps(v) is None]
+            value = made.product(draw(st.sampled_from(alike)) if alike else made.transpose(value, ends), value)
         earlier.append(value)
     ends = {v for v in (value, draw(st.sampled_from(earlier))) if v != 0}
     return made.ends(*ends) if ends else made.ends(made.sigmoid(0))
@@ -173,6 +185,24 @@ def test_an_axis_of_one_moves_for_nothing():
     graph = made.ends(made.sigmoid(made.transpose(0, (1, 0, 2))))
     simplify(graph)
     assert kinds(graph) == ["StaticReshape", "Sigmoid"]
+
+
+@pytest.mark.parametrize(("perm", "read"), [((0, 2, 3, 1), [0, 2, 1, 3]), ((0, 1, 3, 2), None)])
+def test_a_second_factor_is_moved_in_runs_or_not_at_all(perm, read):
+    made = Graph(1, 2, 3, 5)
+    keys = made.transpose(made.sigmoid(0), perm)
+    batch, *last = made.dims(keys)[1:]
+    queries = made.reshape(made.transpose(keys, (0, 1, 3, 2)), [batch, last[1], last[0]])
+    graph = made.ends(made.product(queries, made.reshape(made.transpose(made.sigmoid(0), perm), [batch, *last])))
+    before = copy.deepcopy(graph)
+    simplify(graph)
+    product = graph.xnodes[-1].xnode_union
+    turns = [node.xnode_union for node in graph.xnodes if kinds_of(node) == "StaticTranspose"]
+    made_by = {turn.output_id: turn.perm for turn in turns}
+    moved = next(n.xnode_union for n in graph.xnodes if n.xnode_union.output_id == product.input2_id)
+    assert product.flags == TRANSPOSED_SECOND and made_by.get(moved.input_id) == read
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, 5)).astype(np.float32)
+    assert all(np.array_equal(v, run(before, x)[i]) for i, v in run(graph, x).items())
 
 
 def test_a_value_that_others_read_stays():

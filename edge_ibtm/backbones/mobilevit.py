@@ -103,12 +103,12 @@ class MergedMobileVitBlock(nn.Module):
         return self.sites[index](self._tokens(z, ones(z), logits), grid, turned=self.density != "once")
 
     def _tokens(self, z: Tensor, size: Tensor, logits: Tensor | None) -> Tokens:
-        """Patch tokens [B, N, area * C]; a mask reads the sum [B, N, C] of their pixels, to its LayerNorm the mean."""
+        """Patch tokens [B, N, area * C]; a mask reads the mean [B, N, C] of their pixels."""
 
         def summary() -> Tensor:
-            width = z.shape[-1] // self.patch_area
-            pixels = [z[..., i * width : (i + 1) * width] for i in range(self.patch_area)]
-            return sum(pixels[1:], pixels[0])
+            batch, count, width = z.shape
+            pixels = z.reshape(batch * count, self.patch_area, 1, width // self.patch_area).permute(0, 3, 1, 2)
+            return pixels.mean((2, 3), keepdim=True).reshape(batch, count, -1)
 
         return Tokens(z, size, z, logits=logits, summary=summary)
 

@@ -155,12 +155,10 @@ class SeenAttention:
 
 
 def head_mean(k: Tensor) -> Tensor:
-    """Keys [B, heads, N, d] averaged over heads [B, N, d], by slices and additions, which every delegate takes."""
+    """Keys [B, heads, N, d] averaged over heads [B, N, d], as the pooling of a map, which delegates take."""
     batch, heads, tokens, width = k.shape
-    total = k[:, :1]
-    for head in range(1, heads):
-        total = total + k[:, head : head + 1]
-    return (total * (1 / heads)).reshape(batch, tokens, width)
+    maps = k.transpose(1, 2).reshape(batch * tokens, heads, 1, width).permute(0, 3, 1, 2)
+    return maps.mean((2, 3), keepdim=True).reshape(batch, tokens, width)
 
 
 def site_blocks(depth: int, density: str) -> list[int]:

@@ -23,6 +23,7 @@ from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as sc
 from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID as NOTHING
 
 Operator = TypeVar("Operator")
+TRANSPOSED_SECOND = 1  # XNN_FLAG_TRANSPOSE_B of xnnpack.h
 
 
 def name_of(data: bytes) -> Any:
@@ -197,12 +198,32 @@ class _Graph:
         self.round(operator.output_id, self.dims(operator.output_id), last.output_id)
         return gone | self.bypass(operator, first)
 
+    def product(self, node: schema.XNode) -> set[int] | None:
+        """Batched products read a second factor whose last two axes were swapped as it was: runs of memory are moved whole."""
+        operator: Any = node.xnode_union
+        read = SimpleNamespace(input_id=operator.input2_id)
+        reshape = self.source(read, schema.XNNStaticReshape)
+        if reshape is not None and self.dims(reshape.input_id)[-2:] != self.dims(reshape.output_id)[-2:]:
+            return None
+        turn = self.source(reshape or read, schema.XNNStaticTranspose)
+        if operator.flags or turn is None or turn.perm[-2] != len(turn.perm) - 1:
+            return None
+        turn.perm = [*turn.perm[:-2], turn.perm[-1], turn.perm[-2]]
+        for moved in (turn, reshape) if reshape else (turn,):
+            tensor = _tensor(self.values[moved.output_id])
+            tensor.dims = [*tensor.dims[:-2], tensor.dims[-1], tensor.dims[-2]]
+        if reshape is not None:
+            reshape.new_shape = list(self.dims(reshape.output_id))
+        operator.flags = TRANSPOSED_SECOND
+        return set()
+
 
 _RULES: dict[type, Callable[[_Graph, schema.XNode], set[int] | None]] = {
     schema.XNNStaticTranspose: _Graph.transpose,
     schema.XNNStaticReshape: _Graph.reshape,
     schema.XNNConvert: _Graph.convert,
     schema.XNNSigmoid: _Graph.sigmoid,
+    schema.XNNBatchMatrixMultiply: _Graph.product,
 }
 
 
