@@ -71,6 +71,7 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "distances": lambda keep, n: _affine(np.tile(np.eye(n), (1, keep)), -np.repeat(np.arange(keep) + 1.0, n)),
         "row_sums": lambda keep, n: np.kron(np.eye(keep), np.ones((n, n))),
         "diagonal": lambda n: np.eye(n * n)[:, :: n + 1],
+        "same": lambda n: np.eye(n),
         "ones": lambda n: np.ones((n, 1)),
         "column": lambda n, i: np.eye(n)[:, i : i + 1],
         "stays": lambda lines, n: np.ones((lines, 1, n)),

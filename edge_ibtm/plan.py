@@ -142,20 +142,32 @@ class GridPlan:
         return x
 
     def copy(self, y: Tensor) -> Tensor:
-        if self.columns is not None:
-            lines = self._columns_of(y)
-            y = unfold_columns(self.columns.copy(lines), y.shape[0], (self.grid[0], self.kept[1]))
-        if self.rows is not None:
-            lines = fold_rows(y, (self.grid[0], self.kept[1]), self.cuts[1])
-            y = unfold_lines(self.rows.copy(lines), y.shape[0])
-        return y
+        if self.rows is None:
+            return self._rows_of(y)
+        return unfold_lines(self.rows.copy(self._lines_of(y)), y.shape[0])
+
+    def restored(self, z: Tensor, y: Tensor) -> Tensor:
+        """z + copy(y), added line by line: what is copied need not be put together before."""
+        if self.rows is None:
+            return z + self.copy(y)
+        lines = fold_rows(z, self.grid, self.cuts[1]) + self.rows.copy(self._lines_of(y))
+        return unfold_lines(lines, z.shape[0])
 
     def through(self, change: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
         """copy(change(y)) for a change of every token alone: lines of rows stay lines, which saves two copies of them."""
         if self.rows is None or self.columns is not None:
             return self.copy(change(y))
-        lines = fold_rows(y, (self.grid[0], self.kept[1]), self.cuts[1])
-        return unfold_lines(self.rows.copy(change(lines)), y.shape[0])
+        return unfold_lines(self.rows.copy(change(self._lines_of(y))), y.shape[0])
+
+    def _lines_of(self, y: Tensor) -> Tensor:
+        """Merged tokens [B, P, D] as lines of rows [B * H * cuts, W' / cuts, D]."""
+        return fold_rows(self._rows_of(y), (self.grid[0], self.kept[1]), self.cuts[1])
+
+    def _rows_of(self, y: Tensor) -> Tensor:
+        """Merged tokens [B, P, D] with the tokens of each column copied back: [B, H * W', D]."""
+        if self.columns is None:
+            return y
+        return unfold_columns(self.columns.copy(self._columns_of(y)), y.shape[0], (self.grid[0], self.kept[1]))
 
     def _columns_of(self, y: Tensor) -> Tensor:
         """Merged tokens [B, P, D] as lines [B * W' * cuts, H' / cuts, D]."""

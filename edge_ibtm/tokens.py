@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .constants import PROTECTED, constant
 from .errors import UsageError
-from .short_lines import as_type, assign, cosines, is_short, lowered, summable
+from .short_lines import LINE, as_type, assign, cosines, is_short, lines_cosines, lowered, summable
 
 _HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
 _EPS = 1e-12
@@ -186,6 +186,8 @@ def similarity(metric: Tensor) -> Tensor:
     """Cosine similarity [R, ceil(L/2), floor(L/2)] of the even with the odd tokens of metric [R, L, D]."""
     if is_short(metric.shape[1]):
         return cosines(metric)
+    if torch.compiler.is_exporting() and metric.shape[1] <= LINE:
+        return lines_cosines(metric)
     even, odd = halves(unit(metric))
     return as_type(even @ odd.transpose(1, 2), torch.float32)
 

@@ -120,7 +120,7 @@ class _Graph:
         return {gone}
 
     def transpose(self, node: schema.XNode) -> set[int] | None:
-        """Two permutations are one; one that moves no axis longer than 1 is a reshape."""
+        """Two permutations are one; one that moves no axis longer than 1 is a reshape, and others do without such axes."""
         operator: Any = node.xnode_union
         first = self.source(operator, schema.XNNStaticTranspose)
         if first is not None:
@@ -129,12 +129,33 @@ class _Graph:
         dims = self.dims(operator.input_id)
         moved = [i for i in operator.perm if dims[i] != 1]
         if moved != sorted(moved):
-            return None
+            return set() if self.narrow(operator, dims) else None
         shape = [dims[i] for i in operator.perm]
         reshape = schema.XNNStaticReshape(len(shape), shape, operator.input_id, operator.output_id, 0)
         self.hand_over(operator.input_id, operator, reshape)
         node.xnode_union = reshape
         return set()
+
+    def narrow(self, operator: Any, dims: list[int]) -> bool:
+        """Drop axes of 1 between two reshapes, which often become nothing."""
+        first, readers = self.source(operator, schema.XNNStaticReshape), self.readers[operator.output_id]
+        if 1 not in dims or first is None or self.external(operator.output_id):
+            return False
+        if not all(isinstance(reader, schema.XNNStaticReshape) for reader in readers):
+            return False
+        wide = [i for i, length in enumerate(dims) if length != 1]
+        self.cut(operator.input_id, [dims[i] for i in wide])
+        self.cut(operator.output_id, [dims[i] for i in operator.perm if i in wide])
+        operator.perm = [wide.index(i) for i in operator.perm if i in wide]
+        operator.num_dims = first.num_dims = len(wide)
+        for reshape in (first, *readers):
+            reshape.new_shape = list(self.dims(reshape.output_id))
+        return True
+
+    def cut(self, value: int, dims: list[int]) -> None:
+        """Give a value between operators other dims."""
+        tensor = _tensor(self.values[value])
+        tensor.dims, tensor.num_dims = dims, len(dims)
 
     def reshape(self, node: schema.XNode) -> set[int] | None:
         """Two reshapes are one, one that changes nothing is none; 8-bit values are converted after they are reshaped."""
@@ -144,11 +165,27 @@ class _Graph:
             return self.bypass(operator, first)
         if self.dims(operator.input_id) == self.dims(operator.output_id):
             return self.forward(operator, operator.input_id)
+        if self.split(operator):
+            return set()
         convert = self.source(operator, schema.XNNConvert)
         if convert is None or self.steps(convert.input_id) is None:
             return None
         self.swap(self.maker[convert.output_id], node)
         return set()
+
+    def split(self, operator: Any) -> bool:
+        """Read what a reshaped value was, where nothing but reshapes reads it: each copies, and one copy less is made."""
+        made = self.maker.get(operator.input_id)
+        first: Any = made.xnode_union if made is not None else None
+        readers = self.readers[operator.input_id]
+        if not isinstance(first, schema.XNNStaticReshape) or self.external(operator.input_id):
+            return False
+        if not all(isinstance(reader, schema.XNNStaticReshape) for reader in readers):
+            return False
+        self.readers[operator.input_id] = [reader for reader in readers if reader is not operator]
+        self.readers[first.input_id].append(operator)
+        operator.input_id, operator.new_shape = first.input_id, list(self.dims(operator.output_id))
+        return True
 
     def steps(self, value: int) -> schema.PerTensorQuant | None:
         """The steps of an 8-bit value, where they are the same everywhere."""
@@ -210,8 +247,8 @@ class _Graph:
             return None
         turn.perm = [*turn.perm[:-2], turn.perm[-1], turn.perm[-2]]
         for moved in (turn, reshape) if reshape else (turn,):
-            tensor = _tensor(self.values[moved.output_id])
-            tensor.dims = [*tensor.dims[:-2], tensor.dims[-1], tensor.dims[-2]]
+            dims = self.dims(moved.output_id)
+            self.cut(moved.output_id, [*dims[:-2], dims[-1], dims[-2]])
         if reshape is not None:
             reshape.new_shape = list(self.dims(reshape.output_id))
         operator.flags = TRANSPOSED_SECOND
