@@ -34,6 +34,11 @@ class MapBlock(SwinTransformerBlock):
             block.__class__ = cls
         return block  # type: ignore[no-any-return]
 
+    def forward(self, x: Tensor) -> Tensor:
+        """timm's own on a map [B, H, W, C] that stays one: tokens of it, and the map again, would each be a copy."""
+        x = x + self._attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
     def _attn(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         attn: Any = self.attn

@@ -39,6 +39,12 @@ def test_four_permutations_of_a_block_are_left():
     assert permutations(None) - permutations(attention_on_maps) == 2 * sum(OPTIONS["depths"])
 
 
+def test_the_map_stays_a_map():
+    program = export_rewritten(swin(), (torch.randn(1, 3, 112, 112),), attention_on_maps)
+    shapes = [tuple(n.meta["val"].shape) for n in program.graph.nodes if n.op == "call_function"]
+    assert (1, 28, 28, 96) in shapes and (1, 28 * 28, 96) not in shapes
+
+
 @pytest.mark.parametrize("options", [{"window_size": 5}, {"strict_img_size": False}])
 def test_other_blocks_keep_their_form(options):
     model, images = swin(**options), torch.randn(1, 3, 112, 112)
