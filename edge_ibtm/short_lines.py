@@ -44,19 +44,6 @@ def cosines(metric: Tensor) -> Tensor:
     return (pairs @ constant("even_odd", length, like=pairs) * (even * odd)).reshape(lines, (length + 1) // 2, length // 2)
 
 
-def lines_cosines(metric: Tensor) -> Tensor:
-    """The same for longer lines: cutting and scaling all products is still less than cutting and scaling wide features."""
-    lines, length, _ = metric.shape
-    products = _products(metric)
-    squares = (products * constant("same", length, like=products)) @ constant("ones", length, like=products)
-    scale = torch.rsqrt(squares + _EPS)
-    cosine = products * scale * scale.reshape(lines, 1, length)
-    evens, odds = (length + 1) // 2, length // 2
-    rows = torch.cat([cosine, cosine[:, :1]], 1) if length % 2 else cosine
-    even = rows.reshape(lines, evens, 2 * length)[..., : 2 * odds]
-    return even.reshape(lines, evens * odds, 2)[..., 1:].reshape(lines, evens, odds)
-
-
 def squared_lengths(metric: Tensor) -> Tensor:
     """|m|^2 [R, L] of the tokens of metric [R, L, D], from the products that `cosines` takes."""
     pairs = _all_pairs(metric)
@@ -64,12 +51,12 @@ def squared_lengths(metric: Tensor) -> Tensor:
 
 
 def _all_pairs(metric: Tensor) -> Tensor:
-    """Products [R, L * L] in float32 of all tokens of a line with each other."""
-    return _products(metric).reshape(metric.shape[0], metric.shape[1] ** 2)
+    """The same [R, L * L], flat."""
+    return all_products(metric).reshape(metric.shape[0], metric.shape[1] ** 2)
 
 
-def _products(metric: Tensor) -> Tensor:
-    """The same as [R, L, L]."""
+def all_products(metric: Tensor) -> Tensor:
+    """Products [R, L, L] in float32 of all tokens of a line with each other."""
     metric = summable(metric)
     return as_type(metric @ metric.transpose(1, 2), torch.float32)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .constants import PROTECTED, constant
 from .errors import UsageError
-from .short_lines import LINE, as_type, assign, cosines, is_short, lines_cosines, lowered, summable
+from .short_lines import LINE, all_products, as_type, assign, cosines, is_short, lowered, summable
 
 _HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
 _EPS = 1e-12
@@ -175,6 +175,13 @@ def rank(values: Tensor) -> Tensor:
     return before @ constant("ones", length, like=values)
 
 
+def group_mean(x: Tensor) -> Tensor:
+    """The mean [B, N, D] over groups of x [B, N, G, D], as the pooling of a map, which delegates take."""
+    batch, count, groups, dim = x.shape
+    maps = x.reshape(batch * count, groups, 1, dim).permute(0, 3, 1, 2)
+    return maps.mean((2, 3), keepdim=True).reshape(batch, count, dim)
+
+
 def unit(x: Tensor) -> Tensor:
     """x [..., D] scaled to unit length over the last axis."""
     dtype, x = x.dtype, summable(x)
@@ -187,9 +194,19 @@ def similarity(metric: Tensor) -> Tensor:
     if is_short(metric.shape[1]):
         return cosines(metric)
     if torch.compiler.is_exporting() and metric.shape[1] <= LINE:
-        return lines_cosines(metric)
+        return _line_cosines(metric)
     even, odd = halves(unit(metric))
     return as_type(even @ odd.transpose(1, 2), torch.float32)
+
+
+def _line_cosines(metric: Tensor) -> Tensor:
+    """The same for lines of a grid: cutting and scaling all their products is less than cutting and scaling wide features."""
+    lines, length, _ = metric.shape
+    products = all_products(metric)
+    squares = (products * constant("same", length, like=products)) @ constant("ones", length, like=products)
+    scale = torch.rsqrt(squares + _EPS)
+    even = halves(products * scale * scale.reshape(lines, 1, length))[0]
+    return halves(even.reshape(-1, length, 1))[1].reshape(lines, -1, length // 2)
 
 
 def _slots(kept: Tensor) -> Tensor:

@@ -248,6 +248,7 @@ def test_mobilevits_with_other_convolutions_stay_on_maps():
         torch.testing.assert_close(twin(images), block(images), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_a_vits_features_are_equal():
     model = shaken(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, features_only=True)).eval()
     x = torch.randn(1, 3, 64, 64)

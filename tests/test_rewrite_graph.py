@@ -154,9 +154,6 @@ def test_constants_that_are_written_in_place_are_folded_as_written():
     assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [torch.ops.aten.add.Tensor]
 
 
-@torch.no_grad()
-
-
 def exported(model, x):
     return export_rewritten(model, (x,)).module()
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
+from ..tokens import group_mean
 from .common import Family, Settings, SiteMaker, check_hooks, no_attention, replace_modules
 from .once import forget_features, restore_features
 from .vit import attention_half, mlp_half, size_bias, spread
@@ -107,8 +108,7 @@ class MergedMobileVitBlock(nn.Module):
 
         def summary() -> Tensor:
             batch, count, width = z.shape
-            pixels = z.reshape(batch * count, self.patch_area, 1, width // self.patch_area).permute(0, 3, 1, 2)
-            return pixels.mean((2, 3), keepdim=True).reshape(batch, count, -1)
+            return group_mean(z.reshape(batch, count, self.patch_area, width // self.patch_area))
 
         return Tokens(z, size, z, logits=logits, summary=summary)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..mergers import Tokens
 from ..site import Merged, Site, ones
+from ..tokens import group_mean
 from .common import Family, MergedBlocks, Settings, SiteMaker, captured, handing_on, replace_modules
 
 MODELS = (
@@ -155,10 +156,8 @@ class SeenAttention:
 
 
 def head_mean(k: Tensor) -> Tensor:
-    """Keys [B, heads, N, d] averaged over heads [B, N, d], as the pooling of a map, which delegates take."""
-    batch, heads, tokens, width = k.shape
-    maps = k.transpose(1, 2).reshape(batch * tokens, heads, 1, width).permute(0, 3, 1, 2)
-    return maps.mean((2, 3), keepdim=True).reshape(batch, tokens, width)
+    """Keys [B, heads, N, d] averaged over heads [B, N, d]."""
+    return group_mean(k.transpose(1, 2))
 
 
 def site_blocks(depth: int, density: str) -> list[int]:

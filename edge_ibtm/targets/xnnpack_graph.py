@@ -86,9 +86,18 @@ class _Graph:
 
     def source(self, operator: Any, kind: type[Operator]) -> Operator | None:
         """The operator of `kind` that makes another one's input, which nothing else reads."""
-        made = self.maker.get(operator.input_id)
         alone = len(self.readers[operator.input_id]) == 1 and not self.external(operator.input_id)
-        return made.xnode_union if made is not None and alone and isinstance(made.xnode_union, kind) else None
+        return self.made(operator.input_id, kind) if alone else None
+
+    def made(self, value: int, kind: type[Operator]) -> Operator | None:
+        """The operator of `kind` that makes a value."""
+        node = self.maker.get(value)
+        return node.xnode_union if node is not None and isinstance(node.xnode_union, kind) else None
+
+    def only_reshaped(self, value: int) -> bool:
+        """Whether nothing but reshapes reads a value, which may so have other dims."""
+        readers = self.readers[value]
+        return not self.external(value) and all(isinstance(reader, schema.XNNStaticReshape) for reader in readers)
 
     def external(self, value: int) -> bool:
         return _tensor(self.values[value]).external_id != NOTHING
@@ -138,17 +147,15 @@ class _Graph:
 
     def narrow(self, operator: Any, dims: list[int]) -> bool:
         """Drop axes of 1 between two reshapes, which often become nothing."""
-        first, readers = self.source(operator, schema.XNNStaticReshape), self.readers[operator.output_id]
-        if 1 not in dims or first is None or self.external(operator.output_id):
-            return False
-        if not all(isinstance(reader, schema.XNNStaticReshape) for reader in readers):
+        first = self.source(operator, schema.XNNStaticReshape)
+        if 1 not in dims or first is None or not self.only_reshaped(operator.output_id):
             return False
         wide = [i for i, length in enumerate(dims) if length != 1]
         self.cut(operator.input_id, [dims[i] for i in wide])
         self.cut(operator.output_id, [dims[i] for i in operator.perm if i in wide])
         operator.perm = [wide.index(i) for i in operator.perm if i in wide]
         operator.num_dims = first.num_dims = len(wide)
-        for reshape in (first, *readers):
+        for reshape in (first, *self.readers[operator.output_id]):
             reshape.new_shape = list(self.dims(reshape.output_id))
         return True
 
@@ -175,14 +182,10 @@ class _Graph:
 
     def split(self, operator: Any) -> bool:
         """Read what a reshaped value was, where nothing but reshapes reads it: each copies, and one copy less is made."""
-        made = self.maker.get(operator.input_id)
-        first: Any = made.xnode_union if made is not None else None
-        readers = self.readers[operator.input_id]
-        if not isinstance(first, schema.XNNStaticReshape) or self.external(operator.input_id):
+        first = self.made(operator.input_id, schema.XNNStaticReshape)
+        if first is None or not self.only_reshaped(operator.input_id):
             return False
-        if not all(isinstance(reader, schema.XNNStaticReshape) for reader in readers):
-            return False
-        self.readers[operator.input_id] = [reader for reader in readers if reader is not operator]
+        self.readers[operator.input_id] = [r for r in self.readers[operator.input_id] if r is not operator]
         self.readers[first.input_id].append(operator)
         operator.input_id, operator.new_shape = first.input_id, list(self.dims(operator.output_id))
         return True
@@ -212,9 +215,8 @@ class _Graph:
     def convert(self, node: schema.XNode) -> set[int] | None:
         """An 8-bit value that was converted and is converted back to the same steps is the value itself."""
         operator: Any = node.xnode_union
-        made = self.maker.get(operator.input_id)
-        first: Any = made.xnode_union if made is not None else None
-        if not isinstance(first, schema.XNNConvert) or (steps := self.steps(operator.output_id)) is None:
+        first = self.made(operator.input_id, schema.XNNConvert)
+        if first is None or (steps := self.steps(operator.output_id)) is None:
             return None
         kind, origin = _tensor(self.values[operator.output_id]).datatype, _tensor(self.values[first.input_id]).datatype
         same = kind == origin and steps == self.steps(first.input_id)
