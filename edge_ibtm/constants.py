@@ -72,6 +72,8 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "row_sums": lambda keep, n: np.kron(np.eye(keep), np.ones((n, n))),
         "diagonal": lambda n: np.eye(n * n)[:, :: n + 1],
         "same": lambda n: np.eye(n),
+        "own_line": lambda lines, n: np.kron(np.eye(lines), np.ones((n, n))),
+        "to_own_line": lambda lines, n: np.tile(np.eye(n), (lines, 1)),
         "ones": lambda n: np.ones((n, 1)),
         "column": lambda n, i: np.eye(n)[:, i : i + 1],
         "stays": lambda lines, n: np.ones((lines, 1, n)),

@@ -19,6 +19,8 @@ from .constants import constant
 from .short_lines import as_type, averages, is_short, summable
 from .tokens import Route, row_max, unit
 
+Change = Callable[[Tensor], Tensor]  # of every token [.., D] alone
+
 
 @dataclass(frozen=True)
 class DensePlan:
@@ -146,18 +148,12 @@ class GridPlan:
             return self._rows_of(y)
         return unfold_lines(self.rows.copy(self._lines_of(y)), y.shape[0])
 
-    def restored(self, z: Tensor, y: Tensor) -> Tensor:
-        """z + copy(y), added line by line: what is copied need not be put together before."""
+    def restored(self, z: Tensor, y: Tensor, change: Change) -> Tensor:
+        """z + copy(change(y)), added line by line; tokens of rows are changed as lines too: neither is put together before."""
         if self.rows is None:
-            return z + self.copy(y)
-        lines = fold_rows(z, self.grid, self.cuts[1]) + self.rows.copy(self._lines_of(y))
-        return unfold_lines(lines, z.shape[0])
-
-    def through(self, change: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-        """copy(change(y)) for a change of every token alone: lines of rows stay lines, which saves two copies of them."""
-        if self.rows is None or self.columns is not None:
-            return self.copy(change(y))
-        return unfold_lines(self.rows.copy(change(self._lines_of(y))), y.shape[0])
+            return z + self.copy(change(y))
+        changed = change(self._lines_of(y)) if self.columns is None else self._lines_of(change(y))
+        return unfold_lines(fold_rows(z, self.grid, self.cuts[1]) + self.rows.copy(changed), z.shape[0])
 
     def _lines_of(self, y: Tensor) -> Tensor:
         """Merged tokens [B, P, D] as lines of rows [B * H * cuts, W' / cuts, D]."""

@@ -14,6 +14,7 @@ from .constants import constant
 
 SHORT = 8
 LINE = 16  # as long as the lines of a grid become
+WIDE = 32  # columns of XNNPACK's widest float kernel
 _EPS = 1e-12
 
 
@@ -56,9 +57,26 @@ def _all_pairs(metric: Tensor) -> Tensor:
 
 
 def all_products(metric: Tensor) -> Tensor:
-    """Products [R, L, L] in float32 of all tokens of a line with each other."""
+    """Products [R, L, L] in float32 of all tokens of a line with each other.
+
+    Short lines are multiplied some at once and those of different lines dropped: a delegate packs every factor anew.
+    """
     metric = summable(metric)
-    return as_type(metric @ metric.transpose(1, 2), torch.float32)
+    lines, length, dim = metric.shape
+    several = _at_once(lines, length)
+    together = metric.reshape(-1, several * length, dim) if several > 1 else metric
+    products = as_type(together @ together.transpose(1, 2), torch.float32)
+    if several == 1:
+        return products
+    own = products * constant("own_line", several, length, like=products)
+    return (own @ constant("to_own_line", several, length, like=products)).reshape(lines, length, length)
+
+
+def _at_once(lines: int, length: int) -> int:
+    """How many of `lines` a wide kernel holds; 1 where their number is not known (a batch that is a dynamic dimension)."""
+    if not (is_short(length) and isinstance(lines, int)):
+        return 1
+    return next(several for several in range(WIDE // length, 0, -1) if lines % several == 0)
 
 
 def lowered(scores: Tensor, penalty: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .errors import UsageError
 from .mergers import Merger, Tokens
 from .mergers.controls import Identity
 from .plan import (
+    Change,
     DensePlan,
     GridPlan,
     Plan,
@@ -53,13 +54,9 @@ class Merged:
         """[B, P, D] -> [B, N, D]."""
         return y if self.plan is None else self.plan.copy(y)
 
-    def restored(self, z: Tensor, y: Tensor) -> Tensor:
-        """z [B, N, D] and y [B, P, D], copied back, added: [B, N, D]."""
-        return self.plan.restored(z, y) if isinstance(self.plan, GridPlan) else z + self.copy(y)
-
-    def through(self, change: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-        """[B, P, D] -> [B, N, D]: changed token by token, then copied back."""
-        return self.plan.through(change, y) if isinstance(self.plan, GridPlan) else self.copy(change(y))
+    def restored(self, z: Tensor, y: Tensor, change: Change = lambda tokens: tokens) -> Tensor:
+        """z [B, N, D] + y [B, P, D], changed token by token and copied back: [B, N, D]."""
+        return self.plan.restored(z, y, change) if isinstance(self.plan, GridPlan) else z + self.copy(change(y))
 
 
 class Site(nn.Module):

@@ -154,9 +154,9 @@ def test_products_of_layer_normed_tokens_need_no_layer_norm(
     vector, v, mass = (torch.rand(n, m, generator=random).double() for n, m in ((1, width), (batch, width), (batch, count)))
     normed = torch.nn.functional.layer_norm(x, (width,), eps=1e-5)
     products = NormProducts(x, x.square().sum(-1), 1e-5, vector)
-    wanted = (normed * vector).sum(-1), 0.5 * (normed * v[:, None]).sum(-1), (mass[..., None] * normed).sum(1)
+    wanted = (normed * vector).sum(-1), 0.5 * (normed * v[:, None]).sum(-1), (mass[..., None] * normed).mean(1)
     half = torch.tensor(0.5, dtype=torch.float64)
-    got = products.of_vector, products.along(v - v.mean(-1, keepdim=True), half), products.total(mass)
+    got = products.of_vector, products.along(v - v.mean(-1, keepdim=True), half), products.mean(mass)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # the constant 1 / D is a float32's
 
 

@@ -170,9 +170,9 @@ def exporting() -> Iterator[None]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, short_lines.LINE), st.integers(0, 10**6))
-def test_lines_are_exported_with_the_same_cosines(length: int, seed: int) -> None:
-    metric = torch.randn(3, length, 32, generator=torch.Generator().manual_seed(seed))
+@given(st.integers(1, 12), st.integers(2, short_lines.LINE), st.integers(0, 10**6))
+def test_lines_are_exported_with_the_same_cosines(lines: int, length: int, seed: int) -> None:
+    metric = torch.randn(lines, length, 32, generator=torch.Generator().manual_seed(seed))
     wanted = tokens.similarity(metric)
     lowered = tokens.less(wanted, metric[..., 0])
     with exporting():

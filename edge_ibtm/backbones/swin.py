@@ -41,11 +41,15 @@ class MergedSwinBlocks(RestoringBlocks):
             merged = site(Tokens(z, size, z, logits=logits), tuple(windows.shape[1:3]), turned=True)
         assert merged is not None
         pooled = merged.pool(z) if site is None else merged.x
-        update = merged.through(lambda tokens: b.mlp(b.norm2(tokens)), pooled)
-        update = update.reshape(windows.shape)
+
+        def change(tokens: Tensor) -> Tensor:
+            update = b.mlp(b.norm2(tokens))
+            return b.drop_path2(update.reshape(shape[0], -1, shape[-1])).reshape(tokens.shape)  # a path is an image's
+
+        x = merged.restored(z, pooled, change).reshape(windows.shape)
         if windows.shape[1:] != shape[1:]:
-            update = window_reverse(update, b.window_size, shape[1], shape[2])
-        return x + b.drop_path2(update), merged
+            x = window_reverse(x, b.window_size, shape[1], shape[2])
+        return x, merged
 
     def _windows(self, x: Tensor, window: tuple[int, int]) -> Tensor:
         """What merges among itself: the whole map in grid layout, windows [B * nW, 7, 7, C] in sequence layout."""

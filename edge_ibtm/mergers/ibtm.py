@@ -57,10 +57,10 @@ class IBStep(nn.Module):
     def pooled(self, normed: Tensor | NormProducts, mass: Tensor) -> Tensor:
         """x~ [B, D]: the LayerNormed tokens [B, N, D] averaged with mass w s [B, N], L2-normalised.
 
-        The sum stands for the average: normalising drops the difference.
+        Any multiple stands for the average: normalising drops the difference.
         """
         if isinstance(normed, NormProducts):
-            return unit(normed.total(mass))
+            return unit(normed.mean(mass))
         batch, count, width = normed.shape
         return unit((mass.reshape(batch, 1, count) @ normed).reshape(batch, width))
 

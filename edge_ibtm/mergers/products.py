@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..constants import constant
 from ..short_lines import as_type
+from ..tokens import group_mean
 
 
 class NormProducts:
@@ -29,11 +30,11 @@ class NormProducts:
         self.scale = as_type(torch.rsqrt(torch.clamp(squares * (1.0 / width) - mean * mean, min=0.0) + eps), x.dtype)
         self.of_vector = None if vector is None else products[1].reshape(batch, count) * self.scale
 
-    def total(self, mass: Tensor) -> Tensor:
-        """The tokens' sum with mass [B, N]: [B, D]."""
+    def mean(self, mass: Tensor) -> Tensor:
+        """The mean [B, D] of all tokens, each times its mass [B, N]."""
         batch, count, width = self.x.shape
-        shares = (mass * self.scale).reshape(batch, 1, count)
-        return centred((shares @ self.x).reshape(batch, width), self.row)
+        parts = (mass * self.scale).reshape(batch, count, 1) * self.x
+        return centred(group_mean(parts.reshape(batch, 1, count, width)).reshape(batch, width), self.row)
 
     def along(self, v: Tensor, factor: Tensor) -> Tensor:
         """Products [B, N] with one vector of mean zero an image, v [B, D], times a factor [], a constant."""
