@@ -259,18 +259,23 @@ def test_executorch_is_left_as_it_was():
     from executorch.backends.xnnpack import xnnpack_preprocess
     from executorch.backends.xnnpack.operators import node_visitor
 
-    before = xnnpack_preprocess.serialize_xnnpack_binary, node_visitor.hashlib
+    def patched():
+        return xnnpack_preprocess.serialize_xnnpack_binary, node_visitor.hashlib, node_visitor.NodeVisitor.get_quant_params
+
+    before = patched()
     with pytest.raises(ValueError), xnnpack_graph.simplified():
-        assert xnnpack_preprocess.serialize_xnnpack_binary is not before[0] and node_visitor.hashlib is not before[1]
+        assert all(now is not then for now, then in zip(patched(), before))
         raise ValueError
-    assert (xnnpack_preprocess.serialize_xnnpack_binary, node_visitor.hashlib) == before
+    assert patched() == before
 
 
 def lowered(model, images, path, monkeypatch, simplifies=True):
-    """The artifact and XNNPACK's graph as it is written."""
+    """The artifact and XNNPACK's graph as it is written, or as ExecuTorch writes it by itself."""
     graphs = []
     real = xnnpack_graph.simplify
     monkeypatch.setattr(xnnpack_graph, "simplify", lambda g: (real(g) if simplifies else None, graphs.append(g)))
+    if not simplifies:
+        monkeypatch.setattr(xnnpack_graph, "nominal", lambda steps: steps)
     artifact = edge_ibtm.lower(model, images, path)
     monkeypatch.undo()
     assert artifact.subgraphs == len(graphs) == 1
@@ -288,6 +293,14 @@ def test_an_8_bit_mobilevit_is_smaller_and_equal(merger, tmp_path, monkeypatch):
     small, after = lowered(graph, images, tmp_path / "small.pte", monkeypatch)
     assert len(after.xnodes) < 0.9 * len(before.xnodes) and small.bytes < whole.bytes
     assert torch.equal(run_pte(small.path, images)[0], run_pte(whole.path, images)[0])
+    assert steps_of_biases(after) < 20 < steps_of_biases(before)
+
+
+def steps_of_biases(graph):
+    """How many different ones there are."""
+    kind = schema.XNNDatatype.xnn_datatype_qcint32
+    biases = [value.xvalue_union for value in graph.xvalues if tensor_of(value).datatype == kind]
+    return len({graph.constant_data[bias.quant_params.scale_buffer_idx].named_key for bias in biases})
 
 
 def test_winograds_places_are_a_mobilevits_pixels(tmp_path, monkeypatch):

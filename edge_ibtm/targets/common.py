@@ -117,6 +117,9 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:300]
 
 
+ALIGNMENT = 16  # bytes, what delegates ask of constants; ExecuTorch's 128 leave half of that behind each of some hundreds
+
+
 @dataclass(frozen=True)
 class Backend:
     """An ExecuTorch target: `to_edge` takes an exported program to an edge program manager, inside `context()`.
@@ -137,11 +140,13 @@ def lower_program(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path
 
 def lower_exported(program: torch.export.ExportedProgram, path: Path, backend: Backend) -> Artifact:
     """Lower and write what was captured. EdgeIBTMError when either fails."""
+    from executorch.exir import ExecutorchBackendConfig
+
     try:
         with backend.context():
             edge = backend.to_edge(program)
             counts = delegation(edge.exported_program().graph_module)
-            lowered = edge.to_executorch()
+            lowered = edge.to_executorch(ExecutorchBackendConfig(segment_alignment=ALIGNMENT))
     except Exception as error:  # pass managers wrap whatever a pass raised in a bare Exception that names the pass
         where = re.search(r"running the '([^']+)' pass", str(error))
         place = f" in {where[1]}" if where else ""

@@ -8,6 +8,7 @@ here, where the axes of every value are in the order that they have in memory. N
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import torch
 from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.operators import node_visitor
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
@@ -44,9 +46,27 @@ def simplified() -> Iterator[None]:
         simplify(graph)
         return serialize(graph, constants)  # type: ignore[no-any-return]
 
+    steps_of = node_visitor.NodeVisitor.get_quant_params
+
+    def steps(self: Any, params: Any, *rest: Any, **options: Any) -> Any:
+        return steps_of(self, nominal(params), *rest, **options)
+
     names = patch.object(node_visitor, "hashlib", SimpleNamespace(sha256=name_of))
-    with patch.object(xnnpack_preprocess, "serialize_xnnpack_binary", write), names:
+    with (
+        patch.object(xnnpack_preprocess, "serialize_xnnpack_binary", write),
+        patch.object(node_visitor.NodeVisitor, "get_quant_params", steps),
+        names,
+    ):
         yield
+
+
+def nominal(params: Any) -> Any:
+    """A bias's steps [C] as ones, which all biases of C channels share: XNNPACK wants some, reads weights' and inputs'."""
+    if not params.per_channel or params.dtype != torch.int32:
+        return params
+    params = copy.copy(params)
+    params.scale = torch.ones_like(params.scale)
+    return params
 
 
 def simplify(graph: schema.XNNGraph) -> None:
