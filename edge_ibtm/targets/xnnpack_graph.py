@@ -13,7 +13,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -22,7 +22,9 @@ import torch
 from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.operators import node_visitor
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
-from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_INVALID_VALUE_ID as NOTHING
+
+from edge_ibtm.targets.xnnpack_slabs import in_slabs
+from edge_ibtm.targets.xnnpack_values import NOTHING, inputs_of, output_of, tensor_of
 
 Operator = TypeVar("Operator")
 TRANSPOSED_SECOND = 1  # XNN_FLAG_TRANSPOSE_B of xnnpack.h
@@ -44,6 +46,7 @@ def simplified() -> Iterator[None]:
 
     def write(graph: schema.XNNGraph, constants: bytearray) -> bytes:
         simplify(graph)
+        in_slabs(graph)
         return serialize(graph, constants)  # type: ignore[no-any-return]
 
     steps_of = node_visitor.NodeVisitor.get_quant_params
@@ -81,13 +84,13 @@ class _Graph:
 
     def __init__(self, graph: schema.XNNGraph) -> None:
         self.graph = graph
-        self.values = {_tensor(value).id_out: value for value in graph.xvalues}
+        self.values = {tensor_of(value).id_out: value for value in graph.xvalues}
         self.maker: dict[int, schema.XNode] = {}
         self.readers: dict[int, list[Any]] = defaultdict(list)
         for node in graph.xnodes:
             operator = node.xnode_union
-            self.maker[_output(operator)] = node
-            for name in _inputs(operator):
+            self.maker[output_of(operator)] = node
+            for name in inputs_of(operator):
                 self.readers[getattr(operator, name)].append(operator)
 
     def simplify(self) -> bool:
@@ -96,12 +99,12 @@ class _Graph:
         changed = bool(gone)
         for node in self.graph.xnodes:
             rule = _RULES.get(type(node.xnode_union))
-            if rule is not None and _output(node.xnode_union) not in gone:
+            if rule is not None and output_of(node.xnode_union) not in gone:
                 lost = rule(self, node)
                 changed |= lost is not None
                 gone.update(lost or ())
-        self.graph.xnodes = [n for n in self.graph.xnodes if _output(n.xnode_union) not in gone]
-        self.graph.xvalues = [v for v in self.graph.xvalues if _tensor(v).id_out not in gone]
+        self.graph.xnodes = [n for n in self.graph.xnodes if output_of(n.xnode_union) not in gone]
+        self.graph.xvalues = [v for v in self.graph.xvalues if tensor_of(v).id_out not in gone]
         return changed
 
     def source(self, operator: Any, kind: type[Operator]) -> Operator | None:
@@ -120,10 +123,10 @@ class _Graph:
         return not self.external(value) and all(isinstance(reader, schema.XNNStaticReshape) for reader in readers)
 
     def external(self, value: int) -> bool:
-        return _tensor(self.values[value]).external_id != NOTHING
+        return tensor_of(self.values[value]).external_id != NOTHING
 
     def dims(self, value: int) -> list[int]:
-        return _tensor(self.values[value]).dims
+        return tensor_of(self.values[value]).dims
 
     def bypass(self, operator: Any, source: Any) -> set[int]:
         """Let `operator` read what its source reads; returns the value that goes."""
@@ -141,7 +144,7 @@ class _Graph:
         if self.external(gone):
             return None
         for reader in self.readers[gone]:
-            for name in _inputs(reader):
+            for name in inputs_of(reader):
                 if getattr(reader, name) == gone:
                     setattr(reader, name, value)
         self.readers[operator.input_id] = [r for r in self.readers[operator.input_id] if r is not operator]
@@ -181,7 +184,7 @@ class _Graph:
 
     def cut(self, value: int, dims: list[int]) -> None:
         """Give a value between operators other dims."""
-        tensor = _tensor(self.values[value])
+        tensor = tensor_of(self.values[value])
         tensor.dims, tensor.num_dims = dims, len(dims)
 
     def reshape(self, node: schema.XNode) -> set[int] | None:
@@ -228,7 +231,7 @@ class _Graph:
 
     def round(self, value: int, dims: list[int], like: int) -> None:
         """Make a value between operators one of 8 bits, of `dims`, with the steps of another."""
-        tensor = replace(_tensor(self.values[like]), num_dims=len(dims), dims=dims, id_out=value)
+        tensor = replace(tensor_of(self.values[like]), num_dims=len(dims), dims=dims, id_out=value)
         tensor.constant_buffer_idx, tensor.external_id, tensor.flags = 0, NOTHING, 0
         self.values[value].xvalue_union = schema.XNNQuantizedTensorValue(tensor, self.steps(like))
 
@@ -238,7 +241,7 @@ class _Graph:
         first = self.made(operator.input_id, schema.XNNConvert)
         if first is None or (steps := self.steps(operator.output_id)) is None:
             return None
-        kind, origin = _tensor(self.values[operator.output_id]).datatype, _tensor(self.values[first.input_id]).datatype
+        kind, origin = tensor_of(self.values[operator.output_id]).datatype, tensor_of(self.values[first.input_id]).datatype
         same = kind == origin and steps == self.steps(first.input_id)
         return self.forward(operator, first.input_id) if same else None
 
@@ -297,23 +300,8 @@ def _share_constants(graph: schema.XNNGraph) -> None:
             kept.append(constant)
         moved.append(new)
     for value in graph.xvalues:
-        tensor, steps = _tensor(value), getattr(value.xvalue_union, "quant_params", None)
+        tensor, steps = tensor_of(value), getattr(value.xvalue_union, "quant_params", None)
         tensor.constant_buffer_idx = moved[tensor.constant_buffer_idx]
         if isinstance(steps, schema.PerChannelQuant | schema.PerChannelGroupQuant):
             steps.scale_buffer_idx = moved[steps.scale_buffer_idx]
     graph.constant_data = kept
-
-
-def _tensor(value: schema.XValue) -> Any:
-    return getattr(value.xvalue_union, "tensor_value", value.xvalue_union)
-
-
-def _output(operator: Any) -> int:
-    """The value an operator makes; its first, of an operator that makes two."""
-    return getattr(operator, "output_id", getattr(operator, "output_value_id", NOTHING))
-
-
-def _inputs(operator: Any) -> list[str]:
-    """The fields of an operator that name values it reads."""
-    names = [f.name for f in fields(operator) if f.name.endswith("_id") and not f.name.startswith("output")]
-    return [name for name in names if getattr(operator, name) != NOTHING]

@@ -1,0 +1,99 @@
+"""Blocks in slabs: every bit of the outputs stays, and what is no such block stays whole."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import edge_ibtm
+from edge_ibtm.targets import xnnpack_graph, xnnpack_slabs
+from edge_ibtm.targets.runtime import run_pte
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 2), st.integers(0, 4), st.integers(4, 40), st.integers(1, 7))
+def test_slabs_give_the_rows_of_the_whole(kernel, stride, dilation, padding, rows, count):
+    reach = dilation * (kernel - 1) + 1
+    out_rows = (rows + 2 * padding - reach) // stride + 1
+    assume(padding < reach <= rows + 2 * padding and out_rows >= count)
+    deep = SimpleNamespace(
+        dilation_height=dilation, kernel_height=kernel, subsampling_height=stride, padding_top=padding, padding_bottom=padding
+    )
+    x, weight = torch.arange(1.0, rows + 1).reshape(1, 1, -1), torch.arange(3.0, kernel + 3).reshape(1, 1, -1)
+    whole = nn.functional.conv1d(nn.functional.pad(x, (padding, padding)), weight, stride=stride, dilation=dilation)
+    parts = []
+    for slab in xnnpack_slabs.slabs(deep, rows, out_rows, count):
+        part = nn.functional.pad(x[..., slab.low : slab.high], (slab.above, slab.below))
+        parts.append(nn.functional.conv1d(part, weight, stride=stride, dilation=dilation))
+        assert parts[-1].shape[-1] == slab.last - slab.first
+    assert torch.equal(torch.cat(parts, -1), whole)
+
+
+def lowered(model, images, path, monkeypatch, slab):
+    """The outputs and the kinds of XNNPACK's nodes, cut into slabs of so many bytes; None: not cut."""
+    graphs = []
+    monkeypatch.setattr(xnnpack_slabs, "SLAB", slab or 2**40)
+
+    def cut(graph):
+        xnnpack_slabs.in_slabs(graph)
+        graphs.append([type(node.xnode_union).__name__.removeprefix("XNN") for node in graph.xnodes])
+
+    monkeypatch.setattr(xnnpack_graph, "in_slabs", cut)
+    artifact = edge_ibtm.lower(model, images, path)
+    assert artifact.subgraphs == 1
+    return run_pte(artifact.path, images)[0], graphs[0]
+
+
+class Block(nn.Module):
+    """An inverted residual block, and variants of it that may not be cut."""
+
+    def __init__(self, kind: str, stride: int = 1, kernel: int = 3) -> None:
+        super().__init__()
+        self.kind = kind
+        self.wide, self.narrow = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 4, 1)
+        self.deep = nn.Conv2d(16, 16, kernel, stride, kernel // 2, groups=16)
+        self.act = nn.Hardswish() if kind == "hardswish" else nn.SiLU()
+
+    def forward(self, x):
+        wide = self.act(self.wide(x))
+        deep = self.act(self.deep(wide))
+        if self.kind == "read twice":
+            deep = deep + wide
+        out = self.narrow(deep)
+        return (out, wide) if self.kind == "shown" else out + x if self.kind == "residual" else out
+
+
+@pytest.mark.parametrize(
+    ("kind", "stride", "kernel", "slab", "count"),
+    [("silu", 2, 3, 2**13, 6), ("hardswish", 1, 5, 2**12, 7), ("residual", 1, 3, 2**13, 4), ("silu", 1, 3, 2**15, 0)],
+)
+def test_a_block_in_slabs_keeps_every_bit(kind, stride, kernel, slab, count, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, images = Block(kind, stride, kernel).eval(), torch.randn(1, 4, 36 if stride == 2 else 28, 18)
+    whole, before = lowered(model, images, tmp_path / "whole.pte", monkeypatch, None)
+    cut, after = lowered(model, images, tmp_path / "cut.pte", monkeypatch, slab)
+    assert torch.equal(cut, whole)
+    assert before.count("DepthwiseConv2d") == 1 and after.count("DepthwiseConv2d") == max(count, 1)
+    assert after.count("StaticSlice") == count
+
+
+@pytest.mark.parametrize("kind", ["read twice", "shown", "batch"])
+def test_other_blocks_stay_whole(kind, tmp_path, monkeypatch):
+    images = torch.randn(2 if kind == "batch" else 1, 4, 28, 18)
+    _, nodes = lowered(Block(kind).eval(), images, tmp_path / "m.pte", monkeypatch, 2**12)
+    assert nodes.count("DepthwiseConv2d") == 1 and "StaticSlice" not in nodes
+
+
+@pytest.mark.parametrize("name", ["mobilevit_xxs", pytest.param("efficientvit_b0", marks=pytest.mark.slow)])
+def test_a_model_in_slabs_keeps_every_bit(name, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, images = timm.create_model(name, num_classes=5).eval(), torch.randn(1, 3, 64, 64)
+    whole, before = lowered(model, images, tmp_path / "whole.pte", monkeypatch, None)
+    cut, after = lowered(model, images, tmp_path / "cut.pte", monkeypatch, 2**15)
+    assert torch.equal(cut, whole) and after.count("DepthwiseConv2d") > before.count("DepthwiseConv2d")
