@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "stride", "kernel", "slab", "count"),
-    [("silu", 2, 3, 2**13, 6), ("hardswish", 1, 5, 2**12, 7), ("residual", 1, 3, 2**13, 4), ("silu", 1, 3, 2**15, 0)],
+    [("silu", 2, 3, 2**13, 6), ("silu", 1, 5, 2**12, 7), ("residual", 1, 3, 2**13, 4), ("silu", 1, 3, 2**15, 0)],
 )
 def test_a_block_in_slabs_keeps_every_bit(kind, stride, kernel, slab, count, tmp_path, monkeypatch):
     torch.manual_seed(0)
@@ -83,17 +83,16 @@ def test_a_block_in_slabs_keeps_every_bit(kind, stride, kernel, slab, count, tmp
     assert after.count("StaticSlice") == count
 
 
-@pytest.mark.parametrize("kind", ["read twice", "shown", "batch"])
+@pytest.mark.parametrize("kind", ["read twice", "shown", "batch", "hardswish"])
 def test_other_blocks_stay_whole(kind, tmp_path, monkeypatch):
     images = torch.randn(2 if kind == "batch" else 1, 4, 28, 18)
     _, nodes = lowered(Block(kind).eval(), images, tmp_path / "m.pte", monkeypatch, 2**12)
     assert nodes.count("DepthwiseConv2d") == 1 and "StaticSlice" not in nodes
 
 
-@pytest.mark.parametrize("name", ["mobilevit_xxs", pytest.param("efficientvit_b0", marks=pytest.mark.slow)])
-def test_a_model_in_slabs_keeps_every_bit(name, tmp_path, monkeypatch):
+def test_a_mobilevit_in_slabs_keeps_every_bit(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model, images = timm.create_model(name, num_classes=5).eval(), torch.randn(1, 3, 64, 64)
+    model, images = timm.create_model("mobilevit_xxs", num_classes=5).eval(), torch.randn(1, 3, 64, 64)
     whole, before = lowered(model, images, tmp_path / "whole.pte", monkeypatch, None)
     cut, after = lowered(model, images, tmp_path / "cut.pte", monkeypatch, 2**15)
     assert torch.equal(cut, whole) and after.count("DepthwiseConv2d") > before.count("DepthwiseConv2d")
