@@ -65,6 +65,10 @@ class Block(nn.Module):
         deep = self.act(self.deep(wide))
         if self.kind == "read twice":
             deep = deep + wide
+        if self.kind == "gated":
+            deep = deep * wide
+        if self.kind == "weighed":
+            deep = deep * torch.linspace(0, 1, deep.shape[2]).reshape(1, 1, -1, 1)
         out = self.narrow(deep)
         return (out, wide) if self.kind == "shown" else out + x if self.kind == "residual" else out
 
@@ -83,10 +87,13 @@ def test_a_block_in_slabs_keeps_every_bit(kind, stride, kernel, slab, count, tmp
     assert after.count("StaticSlice") == count
 
 
-@pytest.mark.parametrize("kind", ["read twice", "shown", "batch", "hardswish"])
+@pytest.mark.parametrize("kind", ["read twice", "gated", "weighed", "shown", "batch", "hardswish"])
 def test_other_blocks_stay_whole(kind, tmp_path, monkeypatch):
-    images = torch.randn(2 if kind == "batch" else 1, 4, 28, 18)
-    _, nodes = lowered(Block(kind).eval(), images, tmp_path / "m.pte", monkeypatch, 2**12)
+    model, images = Block(kind).eval(), torch.randn(2 if kind == "batch" else 1, 4, 28, 18)
+    got, nodes = lowered(model, images, tmp_path / "m.pte", monkeypatch, 2**12)
+    with torch.no_grad():
+        wanted = model(images)
+    torch.testing.assert_close(got, wanted[0] if kind == "shown" else wanted, atol=1e-5, rtol=1e-4)
     assert nodes.count("DepthwiseConv2d") == 1 and "StaticSlice" not in nodes
 
 

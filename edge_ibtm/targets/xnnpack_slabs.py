@@ -75,21 +75,24 @@ class _Cutter:
         first: Any = nodes[0].xnode_union
         if not _pointwise(first) or self._count(first.output_id) < FEWEST:
             return []
-        inside, reads, deep = {first.output_id}, Counter[int](), 0
+        inside, here, reads, deep = {first.output_id}, {first.output_id}, Counter[int](), 0
         for count, node in enumerate(nodes[1:], 2):
             operator: Any = node.xnode_union
-            read = [value for value in _read(operator) if not tensor_of(self.values[value]).constant_buffer_idx]
+            weights = {getattr(operator, name, NOTHING) for name in ("filter_id", "bias_id")}
+            read = [value for value in _read(operator) if value not in weights]
             reads.update(read)
-            if not inside.issuperset(read):
+            if not here.issuperset(read):  # of the same height, and no constant, which might differ from row to row
                 return []
             if _pointwise(operator):
                 alone = all(reads[value] == self.reads[value] and not self._external(value) for value in inside)
                 whole = alone and deep == 1 and all(s.first < s.last and s.low < s.high for s in self._slabs(nodes[:count]))
                 return nodes[:count] if whole else []
-            deep += isinstance(operator, schema.XNNDepthwiseConv2d)
-            if not isinstance(operator, _SILU | schema.XNNDepthwiseConv2d):
+            if isinstance(operator, schema.XNNDepthwiseConv2d):
+                deep, here = deep + 1, set()
+            elif not isinstance(operator, _SILU):
                 return []
             inside.add(operator.output_id)
+            here.add(operator.output_id)
         return []
 
     def _count(self, value: int) -> int:
