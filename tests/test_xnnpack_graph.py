@@ -18,6 +18,7 @@ import edge_ibtm
 from edge_ibtm.targets import xnnpack_graph
 from edge_ibtm.targets.runtime import run_pte
 from edge_ibtm.targets.xnnpack_graph import TRANSPOSED_SECOND, name_of, simplify
+from edge_ibtm.targets.xnnpack_values import tensor_of
 
 FLOAT, INT8 = schema.XNNDatatype.xnn_datatype_fp32, schema.XNNDatatype.xnn_datatype_qint8
 SIGMOID = schema.PerTensorQuant(1 / 256, -128)
@@ -73,10 +74,6 @@ class Graph:
         for i, value in enumerate(values):
             tensor_of(self.graph.xvalues[value]).external_id = 1 + i
         return self.graph
-
-
-def tensor_of(value):
-    return getattr(value.xvalue_union, "tensor_value", value.xvalue_union)
 
 
 def to_steps(x, steps):

@@ -9,10 +9,10 @@ import timm
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_xnnpack_graph import kinds_of, lowered
 from torch import nn
 
-import edge_ibtm
-from edge_ibtm.targets import xnnpack_graph, xnnpack_slabs
+from edge_ibtm.targets import xnnpack_slabs
 from edge_ibtm.targets.runtime import run_pte
 
 
@@ -35,19 +35,11 @@ def test_slabs_give_the_rows_of_the_whole(kernel, stride, dilation, padding, row
     assert torch.equal(torch.cat(parts, -1), whole)
 
 
-def lowered(model, images, path, monkeypatch, slab):
+def lowered_in(slab, model, images, path, monkeypatch):
     """The outputs and the kinds of XNNPACK's nodes, cut into slabs of so many bytes; None: not cut."""
-    graphs = []
     monkeypatch.setattr(xnnpack_slabs, "SLAB", slab or 2**40)
-
-    def cut(graph):
-        xnnpack_slabs.in_slabs(graph)
-        graphs.append([type(node.xnode_union).__name__.removeprefix("XNN") for node in graph.xnodes])
-
-    monkeypatch.setattr(xnnpack_graph, "in_slabs", cut)
-    artifact = edge_ibtm.lower(model, images, path)
-    assert artifact.subgraphs == 1
-    return run_pte(artifact.path, images)[0], graphs[0]
+    artifact, graph = lowered(model, images, path, monkeypatch)
+    return run_pte(artifact.path, images)[0], [kinds_of(node) for node in graph.xnodes]
 
 
 class Block(nn.Module):
@@ -58,7 +50,7 @@ class Block(nn.Module):
         self.kind = kind
         self.wide, self.narrow = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 4, 1)
         self.deep = nn.Conv2d(16, 16, kernel, stride, kernel // 2, groups=16)
-        self.act = nn.Hardswish() if kind == "hardswish" else nn.SiLU()
+        self.act = {"hardswish": nn.Hardswish(), "relu": nn.ReLU()}.get(kind, nn.SiLU())
 
     def forward(self, x):
         wide = self.act(self.wide(x))
@@ -80,17 +72,17 @@ class Block(nn.Module):
 def test_a_block_in_slabs_keeps_every_bit(kind, stride, kernel, slab, count, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, images = Block(kind, stride, kernel).eval(), torch.randn(1, 4, 36 if stride == 2 else 28, 18)
-    whole, before = lowered(model, images, tmp_path / "whole.pte", monkeypatch, None)
-    cut, after = lowered(model, images, tmp_path / "cut.pte", monkeypatch, slab)
+    whole, before = lowered_in(None, model, images, tmp_path / "whole.pte", monkeypatch)
+    cut, after = lowered_in(slab, model, images, tmp_path / "cut.pte", monkeypatch)
     assert torch.equal(cut, whole)
     assert before.count("DepthwiseConv2d") == 1 and after.count("DepthwiseConv2d") == max(count, 1)
     assert after.count("StaticSlice") == count
 
 
-@pytest.mark.parametrize("kind", ["read twice", "gated", "weighed", "shown", "batch", "hardswish"])
+@pytest.mark.parametrize("kind", ["read twice", "gated", "weighed", "shown", "batch", "hardswish", "relu"])
 def test_other_blocks_stay_whole(kind, tmp_path, monkeypatch):
     model, images = Block(kind).eval(), torch.randn(2 if kind == "batch" else 1, 4, 28, 18)
-    got, nodes = lowered(model, images, tmp_path / "m.pte", monkeypatch, 2**12)
+    got, nodes = lowered_in(2**12, model, images, tmp_path / "m.pte", monkeypatch)
     with torch.no_grad():
         wanted = model(images)
     torch.testing.assert_close(got, wanted[0] if kind == "shown" else wanted, atol=1e-5, rtol=1e-4)
@@ -100,6 +92,6 @@ def test_other_blocks_stay_whole(kind, tmp_path, monkeypatch):
 def test_a_mobilevit_in_slabs_keeps_every_bit(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, images = timm.create_model("mobilevit_xxs", num_classes=5).eval(), torch.randn(1, 3, 64, 64)
-    whole, before = lowered(model, images, tmp_path / "whole.pte", monkeypatch, None)
-    cut, after = lowered(model, images, tmp_path / "cut.pte", monkeypatch, 2**15)
+    whole, before = lowered_in(None, model, images, tmp_path / "whole.pte", monkeypatch)
+    cut, after = lowered_in(2**15, model, images, tmp_path / "cut.pte", monkeypatch)
     assert torch.equal(cut, whole) and after.count("DepthwiseConv2d") > before.count("DepthwiseConv2d")

@@ -41,7 +41,10 @@ def name_of(data: bytes) -> Any:
 
 @contextmanager
 def simplified() -> Iterator[None]:
-    """Let ExecuTorch simplify XNNPACK's graphs before it writes them, and shorten names, while the block runs."""
+    """While the block runs, ExecuTorch simplifies XNNPACK's graphs before it writes them, and cuts large maps into slabs.
+
+    Names of constants are shortened and biases share their steps as the graph is made.
+    """
     serialize = xnnpack_preprocess.serialize_xnnpack_binary
 
     def write(graph: schema.XNNGraph, constants: bytearray) -> bytes:

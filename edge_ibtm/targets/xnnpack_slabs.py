@@ -69,13 +69,13 @@ class _Cutter:
     def block(self, nodes: list[schema.XNode]) -> list[schema.XNode]:
         """The nodes of the block that starts with the first one; none where none does.
 
-        A pointwise convolution to a large map, one depthwise convolution, SiLUs, and a pointwise convolution; nothing else
-        reads or is read between them. With a hard swish, one operator, there is less to save: EfficientViT-B1 lost by slabs.
+        A pointwise convolution to a large map, SiLUs and one depthwise convolution, and a pointwise convolution. With a hard
+        swish, one operator, there is less to save: EfficientViT-B1 lost by slabs.
         """
         first: Any = nodes[0].xnode_union
         if not _pointwise(first) or self._count(first.output_id) < FEWEST:
             return []
-        inside, here, reads, deep = {first.output_id}, {first.output_id}, Counter[int](), 0
+        here, reads = {first.output_id}, Counter[int]()
         for count, node in enumerate(nodes[1:], 2):
             operator: Any = node.xnode_union
             weights = {getattr(operator, name, NOTHING) for name in ("filter_id", "bias_id")}
@@ -84,16 +84,22 @@ class _Cutter:
             if not here.issuperset(read):  # of the same height, and no constant, which might differ from row to row
                 return []
             if _pointwise(operator):
-                alone = all(reads[value] == self.reads[value] and not self._external(value) for value in inside)
-                whole = alone and deep == 1 and all(s.first < s.last and s.low < s.high for s in self._slabs(nodes[:count]))
-                return nodes[:count] if whole else []
+                return nodes[:count] if self._fits(nodes[:count], reads) else []
             if isinstance(operator, schema.XNNDepthwiseConv2d):
-                deep, here = deep + 1, set()
+                here = set()
             elif not isinstance(operator, _SILU):
                 return []
-            inside.add(operator.output_id)
             here.add(operator.output_id)
         return []
+
+    def _fits(self, block: list[schema.XNode], reads: Counter[int]) -> bool:
+        """Whether it has a SiLU and one depthwise convolution, rows for every slab, and values that nothing else reads."""
+        kinds = Counter(type(node.xnode_union) for node in block)
+        if kinds[schema.XNNDepthwiseConv2d] != 1 or not kinds[schema.XNNMultiply]:
+            return False
+        inside = [output_of(node.xnode_union) for node in block[:-1]]
+        alone = all(reads[value] == self.reads[value] and not self._external(value) for value in inside)
+        return alone and all(s.first < s.last and s.low < s.high for s in self._slabs(block))
 
     def _count(self, value: int) -> int:
         """Slabs of a value: 0 for one that is not float or of more than one image."""
@@ -121,7 +127,8 @@ class _Cutter:
             height = slab.high - slab.low
             part = self._part(first.input1_id, height)
             dims = list(tensor_of(self.values[part]).dims)
-            yield replace(block[0], xnode_union=schema.XNNStaticSlice(4, [0, slab.low, 0, 0], dims, first.input1_id, part, 0))
+            cut = schema.XNNStaticSlice(4, [0, slab.low, 0, 0], dims, first.input1_id, part, 0)
+            yield schema.XNode(cut, block[0].debug_handle)
             names = {first.input1_id: part}
             for node in block:
                 operator: Any = node.xnode_union
@@ -144,8 +151,8 @@ class _Cutter:
             parts = [g[0] if len(g) == 1 else self._part(whole, sum(map(self._rows_of, g))) for g in groups]
             for group, part in zip(groups, parts):
                 if len(group) > 1:
-                    yield replace(like, xnode_union=_concatenated(group, part), output_min_max=None)
-        yield replace(like, xnode_union=_concatenated(parts, whole), output_min_max=None)
+                    yield schema.XNode(_concatenated(group, part), like.debug_handle)
+        yield schema.XNode(_concatenated(parts, whole), like.debug_handle)
 
     def _part(self, like: int, rows: int) -> int:
         """A new value of so many rows, else like another one."""
