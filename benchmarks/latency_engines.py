@@ -83,7 +83,8 @@ ENGINES = {
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Load every variant, warm all up, then time one run of each a round. Milliseconds.
 
-    With more threads each timed run follows an untimed one of the same variant, and a pause after engines that spin.
+    Each timed run follows an untimed one of the same variant, for an app runs one model again and again; with more threads a
+    pause follows engines that spin.
     """
     import torch
 
@@ -107,8 +108,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         results[variant.name] = {"load_ms": 1e3 * (loaded - start), "first_ms": 1e3 * (first - loaded), "samples": []}
     for round_number in range(-request["warmup"], request["repeats"]):
         for name, run in runs.items():
-            if request["threads"] > 1:
-                run()
+            run()
             start = time.perf_counter()
             run()
             taken = 1e3 * (time.perf_counter() - start)

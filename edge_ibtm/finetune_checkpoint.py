@@ -33,6 +33,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as err:
+        if isinstance(err.__context__, KeyboardInterrupt):  # torch.save ends a half-written file as well, which fails
+            raise err.__context__ from None
         raise EdgeIBTMError(f"checkpoint {target} cannot be written ({err}); free space or choose a folder") from err
 
 

@@ -144,16 +144,14 @@ class GridPlan:
         return x
 
     def copy(self, y: Tensor) -> Tensor:
-        if self.rows is None:
-            return self._rows_of(y)
-        return unfold_lines(self.rows.copy(self._lines_of(y)), y.shape[0])
+        return self.copied(y, lambda tokens: tokens)
 
-    def restored(self, z: Tensor, y: Tensor, change: Change) -> Tensor:
-        """z + copy(change(y)), added line by line; tokens of rows are changed as lines too: neither is put together before."""
+    def copied(self, y: Tensor, change: Change) -> Tensor:
+        """copy(change(y)); tokens of rows are changed as lines, and not put together before."""
         if self.rows is None:
-            return z + self.copy(change(y))
+            return self._rows_of(change(y))
         changed = change(self._lines_of(y)) if self.columns is None else self._lines_of(change(y))
-        return unfold_lines(fold_rows(z, self.grid, self.cuts[1]) + self.rows.copy(changed), z.shape[0])
+        return unfold_lines(self.rows.copy(changed), y.shape[0])
 
     def _lines_of(self, y: Tensor) -> Tensor:
         """Merged tokens [B, P, D] as lines of rows [B * H * cuts, W' / cuts, D]."""

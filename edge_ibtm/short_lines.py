@@ -45,10 +45,10 @@ def cosines(metric: Tensor) -> Tensor:
     return (pairs @ constant("even_odd", length, like=pairs) * (even * odd)).reshape(lines, (length + 1) // 2, length // 2)
 
 
-def squared_lengths(metric: Tensor) -> Tensor:
-    """|m|^2 [R, L] of the tokens of metric [R, L, D], from the products that `cosines` takes."""
+def squared_lengths(metric: Tensor, factor: float, more: float) -> Tensor:
+    """factor |m|^2 + more [R, L] of the tokens of metric [R, L, D], from the products that `cosines` takes."""
     pairs = _all_pairs(metric)
-    return pairs @ constant("diagonal", metric.shape[1], like=pairs)
+    return pairs @ (factor * constant("diagonal", metric.shape[1], like=pairs)) + more
 
 
 def _all_pairs(metric: Tensor) -> Tensor:
@@ -79,12 +79,12 @@ def _at_once(lines: int, length: int) -> int:
     return next(several for several in range(WIDE // length, 0, -1) if lines % several == 0)
 
 
-def lowered(scores: Tensor, penalty: Tensor) -> Tensor:
-    """scores [R, a, b] less the penalty [R, a + b] of their even tokens."""
+def lowered(scores: Tensor, penalty: Tensor, strength: Tensor | float) -> Tensor:
+    """scores [R, a, b] less the penalty [R, a + b] of their even tokens times a strength, a constant."""
     lines, evens, odds = scores.shape
     penalty = as_type(penalty, scores.dtype)
-    flat = scores.reshape(lines, evens * odds) - penalty @ constant("even_of_pairs", evens + odds, like=scores)
-    return flat.reshape(scores.shape)
+    each = as_type(strength * constant("even_of_pairs", evens + odds, like=scores), scores.dtype)
+    return (scores.reshape(lines, evens * odds) - penalty @ each).reshape(scores.shape)
 
 
 def assign(scores: Tensor, keep: int, drop: bool, ordered: bool) -> tuple[Tensor, Tensor]:
@@ -92,22 +92,23 @@ def assign(scores: Tensor, keep: int, drop: bool, ordered: bool) -> tuple[Tensor
     lines, evens, odds = scores.shape
     length, remove = evens + odds, evens + odds - keep
     scores = scores.reshape(lines, evens * odds)
-    first = torch.clamp(_affine(_wins(scores, odds, evens), "wins", 1, odds, evens), 0.0, 1.0)
-    top = _times(first * scores, "sums", evens, odds)
-    wins = _wins(top, evens, 1)
-    gone = torch.clamp(_affine(wins, "wins", remove, evens, 1), 0.0, 1.0)
+    first = torch.clamp(affine(_behind(scores, odds, evens), "places_left", 1, odds, evens), 0.0, 1.0)
+    behind = _behind(_times(first * scores, "sums", evens, odds), evens, 1)
+    gone = torch.clamp(affine(behind, "places_left", remove, evens, 1), 0.0, 1.0)
     if ordered:
-        own = _affine(gone, "even_in_order", evens) * (1.0 - gone)
-        odd = _affine(gone, "odd_in_order", evens, odds)
+        own = torch.clamp(affine(gone, "even_in_order", evens), min=0.0)
+        odd = affine(gone, "odd_in_order", evens, odds)
         target = _times(first * _times(odd, "to_pairs", evens, odds), "sums", evens, odds)
-        slot = _times(odd, "odd_places", length)
+        odd_slots = _times(odd, "odd_places", length)
     else:
-        own = torch.clamp(_affine(wins, "losses", 1 - remove, evens), min=0.0)
+        own = torch.clamp(affine(behind, "places_past", remove - 1, evens), min=0.0)
         target = _times(first, "targets", evens, odds, keep)
-        slot = constant("odd_slots", length, keep, 0, like=scores)
+        odd_slots = constant("odd_slots", length, keep, 0, like=scores)
     even = own if drop else own + gone * target
-    slot = _times(even, "even_places", length) + slot
-    share = torch.clamp(1.0 - torch.abs(_affine(slot, "distances", keep, length)), 0.0, 1.0)
+    slot = _times(even, "even_places", length) + odd_slots
+    far = affine(slot, "distances", keep, length) if ordered else affine(even, "distances_of_even", keep, length)
+    apart = torch.clamp(far, -1.0, 1.0)
+    share = 1.0 - apart * apart
     return slot.reshape(lines, 1, length), share.reshape(lines, keep, length)
 
 
@@ -119,19 +120,16 @@ def averages(share: Tensor, mass: Tensor) -> Tensor:
     return (weighted / torch.clamp(total, min=_EPS)).reshape(share.shape)
 
 
-def _wins(x: Tensor, n: int, groups: int) -> Tensor:
-    """[R, groups * n * n]: 1 where entry k of a group of n stands before entry j, at j * n + k; equal ones in order.
-
-    The tie's 1 is added behind the product: inside, the large numbers would swallow it.
-    """
-    return torch.clamp(_times(x, "against", n, groups) + constant("earlier_wins", n, groups, like=x), 0.0, 1.0)
+def _behind(x: Tensor, n: int, groups: int) -> Tensor:
+    """[R, groups * p]: for entries k < j of a group of n, -1 where entry k is behind entry j, else 0; equal ones in order."""
+    return torch.clamp(_times(x, "behind", n, groups), -1.0, 0.0)
 
 
 def _times(x: Tensor, kind: str, *size: int) -> Tensor:
     return x @ constant(kind, *size, like=x)
 
 
-def _affine(x: Tensor, kind: str, *size: int) -> Tensor:
+def affine(x: Tensor, kind: str, *size: int) -> Tensor:
     """x @ matrix + row, the constant's last row."""
     whole = constant(kind, *size, like=x)
     return F.linear(x, whole[:-1].t().contiguous(), whole[-1].clone())

@@ -27,7 +27,7 @@ from .plan import (
 from .short_lines import is_short, squared_lengths
 from .tokens import check_ratio, kept_grid, kept_tokens, tiles
 
-_FIELDS = ("z", "metric", "size", "weight", "penalty", "importance")
+_FIELDS = ("z", "metric", "size", "weight", "masses", "penalty", "importance")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Merged:
         """[B, P, D] -> [B, N, D]."""
         return y if self.plan is None else self.plan.copy(y)
 
-    def restored(self, z: Tensor, y: Tensor, change: Change = lambda tokens: tokens) -> Tensor:
-        """z [B, N, D] + y [B, P, D], changed token by token and copied back: [B, N, D]."""
-        return self.plan.restored(z, y, change) if isinstance(self.plan, GridPlan) else z + self.copy(change(y))
+    def copied(self, y: Tensor, change: Change) -> Tensor:
+        """y [B, P, D], changed token by token and copied back: [B, N, D]."""
+        return self.plan.copied(y, change) if isinstance(self.plan, GridPlan) else self.copy(change(y))
 
 
 class Site(nn.Module):
@@ -115,14 +115,14 @@ class Site(nn.Module):
         plan = sequence_plan(route, tokens.mass(), self.merger.preserves_norm(tokens))
         return _merged(tokens, plan, None)
 
-    def _squares(self, tokens: Tokens, grid: tuple[int, int] | None) -> Callable[[], Tensor] | None:
+    def _squares(self, tokens: Tokens, grid: tuple[int, int] | None) -> Callable[[float, float], Tensor] | None:
         """|z_n|^2 from the products that similarities along short rows take anyhow."""
         if grid is None or tokens.prefix or tokens.metric is not tokens.z:
             return None
         cuts = tiles(grid[1], self.longest)
         if not is_short(grid[1] // cuts) or self._kept_grid(grid)[1] == grid[1]:
             return None
-        return lambda: squared_lengths(fold_rows(tokens.z, grid, cuts)).reshape(tokens.size.shape)
+        return lambda a, b: squared_lengths(fold_rows(tokens.z, grid, cuts), a, b).reshape(tokens.size.shape)
 
     def _grid(self, tokens: Tokens, grid: tuple[int, int], turned: bool) -> Merged:
         kept = self._kept_grid(grid)
@@ -178,6 +178,7 @@ def _lines(tokens: Tokens, fold: Callable[[Tensor], Tensor], ordered: bool) -> T
         metric=z if tokens.metric is tokens.z else fold(tokens.metric),
         size=size,
         weight=_vector(tokens.weight, fold),
+        masses=_vector(tokens.masses, fold),
         penalty=_vector(tokens.penalty, fold),
         importance=_vector(tokens.importance, fold),
         ordered=ordered,
@@ -185,18 +186,15 @@ def _lines(tokens: Tokens, fold: Callable[[Tensor], Tensor], ordered: bool) -> T
 
 
 def _pooled(tokens: Tokens, plan: GridPlan, lines: Tokens, rows: DensePlan) -> Tokens:
-    """Tokens after the row pass: features averaged, sizes summed, weights such that w s keeps the mass of the parts."""
+    """Tokens after the row pass: features averaged, sizes and masses summed."""
     z = plan.pool(tokens.z)
-    size = rows.total(lines.size).reshape(z.shape[0], -1)
-    weight = None
-    if lines.weight is not None:
-        weight = rows.total(lines.mass()).reshape(z.shape[0], -1) / size
     return replace(
         tokens,
         z=z,
         metric=z if tokens.metric is tokens.z else plan.pool(tokens.metric),
-        size=size,
-        weight=weight,
+        size=rows.total(lines.size).reshape(z.shape[0], -1),
+        weight=None,
+        masses=rows.total(lines.mass()).reshape(z.shape[0], -1),
         penalty=_vector(tokens.penalty, plan.pool),
         importance=_vector(tokens.importance, plan.pool),
     )

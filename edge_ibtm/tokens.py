@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .constants import PROTECTED, constant
+from .constants import HUGE, PROTECTED, constant
 from .errors import UsageError
-from .short_lines import LINE, all_products, as_type, assign, cosines, is_short, lowered, summable
+from .short_lines import LINE, affine, all_products, as_type, assign, cosines, is_short, lowered, summable
 
-_HUGE = 1e30  # (a - b) * _HUGE saturates a clamp for every difference a float32 cosine can have
 _EPS = 1e-12
 
 
@@ -121,7 +120,7 @@ def tiles(side: int, longest: int = 16) -> int:
 
 def greater(a: Tensor, b: Tensor, tie: Tensor | float = 0.0) -> Tensor:
     """1.0 where a > b, `tie` where a == b, else 0.0; exact in float32, written without a comparison."""
-    return torch.clamp((a - b) * _HUGE + tie, 0.0, 1.0)
+    return torch.clamp((a - b) * HUGE + tie, 0.0, 1.0)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,19 +133,18 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interleave(even: Tensor, odd: Tensor) -> Tensor:
-    """The inverse of `halves` on the last axis: [R, 1, a] and [R, 1, b] -> [R, 1, a + b]."""
-    lines, _, pairs = odd.shape
-    longer = even.shape[-1] > pairs
-    first = even[..., :pairs] if longer else even
-    woven = torch.cat([first.reshape(lines, pairs, 1), odd.reshape(lines, pairs, 1)], 2).reshape(lines, 1, 2 * pairs)
-    return torch.cat([woven, even[..., pairs:]], 2) if longer else woven
+    """The inverse of `halves`, as a row: [R, a, 1] and [R, b, 1] -> [R, 1, a + b]."""
+    lines, pairs, _ = odd.shape
+    longer = even.shape[1] > pairs
+    woven = torch.cat([even[:, :pairs] if longer else even, odd], 2).reshape(lines, 1, 2 * pairs)
+    return torch.cat([woven, even[:, pairs:]], 2) if longer else woven
 
 
-def less(scores: Tensor, penalty: Tensor) -> Tensor:
-    """scores [R, a, b] less the penalty [R, a + b] of their even tokens."""
+def less(scores: Tensor, penalty: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+    """scores [R, a, b] less the penalty [R, a + b] of their even tokens times a strength."""
     if is_short(penalty.shape[1]):
-        return lowered(scores, penalty)
-    return scores - halves(penalty.reshape(*penalty.shape, 1))[0]
+        return lowered(scores, penalty, strength)
+    return scores - strength * halves(penalty.reshape(*penalty.shape, 1))[0]
 
 
 def row_max(x: Tensor) -> Tensor:
@@ -162,17 +160,15 @@ def row_max(x: Tensor) -> Tensor:
 
 def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the last axis [..., 1] and the one-hot of its first position [..., n]."""
-    n = x.shape[-1]
     top = row_max(x)
-    equal = greater(x, top, 1.0)
-    return top, torch.clamp(equal @ constant("first", n, like=x), 0.0, 1.0)
+    below = torch.clamp((x - top) * HUGE, -1.0, 0.0)
+    return top, torch.clamp(affine(below, "first", x.shape[-1]), 0.0, 1.0)
 
 
-def rank(values: Tensor) -> Tensor:
-    """How many of values [R, L, 1] stand before each: larger ones, and equal ones at lower positions. -> [R, L, 1]"""
+def _before(values: Tensor) -> Tensor:
+    """[R, L, L]: 1 in row n, column m, where entry m of values [R, L, 1] is before entry n: larger, or equal and earlier."""
     length = values.shape[1]
-    before = greater(values.reshape(-1, 1, length), values, constant("before", length, like=values))
-    return before @ constant("ones", length, like=values)
+    return greater(values.reshape(-1, 1, length), values, constant("before", length, like=values))
 
 
 def group_mean(x: Tensor) -> Tensor:
@@ -205,8 +201,8 @@ def _line_cosines(metric: Tensor) -> Tensor:
     products = all_products(metric)
     squares = (products * constant("same", length, like=products)) @ constant("ones", length, like=products)
     scale = torch.rsqrt(squares + _EPS)
-    even = halves(products * scale * scale.reshape(lines, 1, length))[0]
-    return halves(even.reshape(-1, length, 1))[1].reshape(lines, -1, length // 2)
+    odd = (products * scale * scale.reshape(lines, 1, length)) @ constant("odd_places", length, like=products).t()
+    return halves(odd)[0]
 
 
 def _slots(kept: Tensor) -> Tensor:
@@ -223,7 +219,7 @@ def keep_top(scores: Tensor, keep: int, prefix: int = 0, soft: Tensor | None = N
     values = as_type(scores.detach(), torch.float32).reshape(lines, length, 1)
     if prefix:
         values = values + PROTECTED * constant("head", length, prefix, like=values).reshape(length, 1)
-    kept = torch.clamp(float(keep) - rank(values), 0.0, 1.0).reshape(lines, 1, length)
+    kept = torch.clamp(affine(_before(values), "count", length, -1, keep), 0.0, 1.0).reshape(lines, 1, length)
     route = Route(_slots(kept) * kept, keep)
     if soft is None:
         return route
@@ -254,36 +250,43 @@ def bipartite(
         hard = hard + constant("protect_even", evens, prefix, like=hard)
         hard = hard + constant("protect_odd", odds, prefix, like=hard)
     top, partner = first_max(hard)
-    order = rank(top)
-    gone = torch.clamp(float(remove) - order, 0.0, 1.0).reshape(lines, 1, evens)
+    before = _before(top)
+    gone = torch.clamp(affine(before, "count", evens, -1, remove), 0.0, 1.0)
     if ordered:
         even_slot, odd_slot = _places_in_order(gone, odds)
-        target = (partner * odd_slot) @ constant("ones", odds, like=scores)
+        target = (partner * odd_slot.reshape(lines, 1, odds)) @ constant("ones", odds, like=scores)
+        own = (1.0 - gone) * even_slot
     else:
-        even_slot = _slots(1.0 - gone) if prefix else order.reshape(lines, 1, evens) + (1.0 - float(remove))
-        if prefix > 1:
-            even_slot = even_slot + constant("prefix_even", evens, prefix, like=hard)
         odd_slot = constant("odd_last", lines, odds, keep, prefix, like=hard)
-        target = partner @ odd_slot[:1].reshape(odds, 1)
-    target = target.reshape(lines, 1, evens)
-    slot = (1.0 - gone) * even_slot if drop else (1.0 - gone) * even_slot + gone * target
-    slot = interleave(slot, odd_slot)
+        target = partner @ odd_slot[0]
+        own = _own_first(before, gone, remove, prefix)
+    slot = interleave(own if drop else own + gone * target, odd_slot)
     return Route(slot, keep, None if soft is None else _soft_matrix(soft, target, keep, odds))
 
 
+def _own_first(before: Tensor, gone: Tensor, remove: int, prefix: int) -> Tensor:
+    """Slots [R, a, 1] of the even tokens that stay, 0 for those `gone` [R, a, 1], where they stand before the odd ones."""
+    lines, evens, _ = gone.shape
+    if not prefix:
+        return torch.clamp(affine(before, "count", evens, 1, 1 - remove), min=0.0)
+    stays = (1.0 - gone).reshape(lines, 1, evens)
+    slot = _slots(stays)
+    if prefix > 1:
+        slot = slot + constant("prefix_even", evens, prefix, like=gone)
+    return (stays * slot).reshape(lines, evens, 1)
+
+
 def _places_in_order(gone: Tensor, odds: int) -> tuple[Tensor, Tensor]:
-    """Slots [R, 1, a] and [R, 1, b] of even and odd tokens in the order of their places, where `gone` [R, 1, a] leave."""
-    lines, _, evens = gone.shape
-    slots = _slots(interleave(1.0 - gone, constant("stays", lines, odds, like=gone)))
-    even, odd = halves(slots.reshape(lines, evens + odds, 1))
-    return even.reshape(lines, 1, evens), odd.reshape(lines, 1, odds)
+    """Slots [R, a, 1] and [R, b, 1] of even and odd tokens in the order of their places, where `gone` [R, a, 1] leave."""
+    slots = _slots(interleave(1.0 - gone, constant("stays", gone.shape[0], odds, like=gone)))
+    return halves(slots.reshape(-1, gone.shape[1] + odds, 1))
 
 
 def _soft_matrix(soft: Tensor, target: Tensor, keep: int, odds: int) -> Tensor:
     """Zero-valued [R, P, L] whose gradient is that of merging every even token into its partner with probability `soft`."""
     lines, evens, _ = soft.shape
     slope = (soft - soft.detach()).reshape(lines, 1, evens)
-    even = Route(target, keep).matrix() * slope
+    even = Route(target.reshape(lines, 1, evens), keep).matrix() * slope
     pairs = torch.stack([even[..., :odds], torch.zeros_like(even[..., :odds])], -1).reshape(lines, keep, 2 * odds)
     return torch.cat([pairs, even[..., odds:]], 2)
 

@@ -153,7 +153,7 @@ def test_products_of_layer_normed_tokens_need_no_layer_norm(
     x = (offset + torch.randn(batch, count, width, generator=random)).double()  # in float32 large offsets cancel
     vector, v, mass = (torch.rand(n, m, generator=random).double() for n, m in ((1, width), (batch, width), (batch, count)))
     normed = torch.nn.functional.layer_norm(x, (width,), eps=1e-5)
-    products = NormProducts(x, x.square().sum(-1), 1e-5, vector)
+    products = NormProducts(x, lambda a, b: a * x.square().sum(-1) + b, 1e-5, vector)
     wanted = (normed * vector).sum(-1), 0.5 * (normed * v[:, None]).sum(-1), (mass[..., None] * normed).mean(1)
     half = torch.tensor(0.5, dtype=torch.float64)
     got = products.of_vector, products.along(v - v.mean(-1, keepdim=True), half), products.mean(mass)
@@ -162,6 +162,6 @@ def test_products_of_layer_normed_tokens_need_no_layer_norm(
 
 def test_a_token_of_equal_features_normalises_to_nothing() -> None:
     x = torch.full((1, 2, 5), 7.3)
-    products = NormProducts(x, x.square().sum(-1), 1e-5)
+    products = NormProducts(x, lambda a, b: a * x.square().sum(-1) + b, 1e-5)
     v = torch.randn(1, 5)
     assert products.along(v - v.mean(), torch.tensor(1.0)).abs().max() < 0.01

@@ -130,7 +130,7 @@ class MergedMobileVitBlock(nn.Module):
             y = layer(y, attn_mask=bias)
         if merged.plan is None:
             return self._patches(self.norm(y))  # type: ignore[operator]
-        return self._normed(merged.restored(z, self._patches(y - x)))
+        return self._normed(z + merged.copy(self._patches(y - x)))
 
     def _normed(self, tokens: Tensor) -> Tensor:
         """The norm of every pixel of patch tokens [B, N, area * C]."""
@@ -155,7 +155,7 @@ class MergedMobileVitBlock(nn.Module):
             x = mlp_half(layer, x)
         y = self._patches(x)
         for before, merged in reversed(steps):
-            y = merged.restored(before, y - merged.x)
+            y = before + merged.copy(y - merged.x)
         return y
 
     def _layers(self, z: Tensor, grid: tuple[int, int]) -> Tensor:

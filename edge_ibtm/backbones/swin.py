@@ -46,7 +46,7 @@ class MergedSwinBlocks(RestoringBlocks):
             update = b.mlp(b.norm2(tokens))
             return b.drop_path2(update.reshape(shape[0], -1, shape[-1])).reshape(tokens.shape)  # a path is an image's
 
-        x = merged.restored(z, pooled, change).reshape(windows.shape)
+        x = windows + merged.copied(pooled, change).reshape(windows.shape)
         if windows.shape[1:] != shape[1:]:
             x = window_reverse(x, b.window_size, shape[1], shape[2])
         return x, merged

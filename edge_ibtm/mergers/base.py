@@ -16,11 +16,12 @@ class Tokens:
 
     z [B, N, D] features; size [B, N] original tokens each stands for; metric [B, N, d] what similarity is measured on;
     prefix: first tokens that stay; depth: 0..1, how deep in the backbone; weight [B, N] how much a token counts;
-    penalty [B, N] lowers the score of a token that would disappear; importance [B, N] what pruners keep;
+    penalty [B, N] tells whose score to lower where a token would disappear; importance [B, N] what pruners keep;
     logits [B, N] IBTM's mask carried from site to site; class_attention / received_attention: functions that give
     [B, N] from the block's own attention, or None where there is none; ordered: whether outputs must keep the order of
     their places (lines of a grid); summary: a function that gives what a mask reads instead of z, [B, N, d'], or None;
-    squares: a function that gives |z_n|^2 [B, N] where the site needs them anyhow, or None.
+    masses: w s [B, N] where it is known, or None; squares: a function of a and b that gives a |z_n|^2 + b [B, N] where the
+    site needs them anyhow, or None.
     """
 
     z: Tensor
@@ -36,10 +37,13 @@ class Tokens:
     received_attention: Callable[[], Tensor] | None = None
     ordered: bool = False
     summary: Callable[[], Tensor] | None = None
-    squares: Callable[[], Tensor] | None = None
+    masses: Tensor | None = None
+    squares: Callable[[float, float], Tensor] | None = None
 
     def mass(self) -> Tensor:
         """w s [B, N]."""
+        if self.masses is not None:
+            return self.masses
         return self.size if self.weight is None else self.size * self.weight
 
     def with_(self, **changes: object) -> Tokens:

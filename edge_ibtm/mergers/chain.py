@@ -31,7 +31,7 @@ def merged_lines(tokens: Tokens, route: Route) -> Tokens:
     z = plan.pool(tokens.z)
     metric = z if tokens.metric is tokens.z else plan.pool(tokens.metric)
     return tokens.with_(
-        z=z, metric=metric, size=plan.total(tokens.size), weight=None, penalty=pool(tokens.penalty),
+        z=z, metric=metric, size=plan.total(tokens.size), weight=None, masses=None, penalty=pool(tokens.penalty),
         importance=pool(tokens.importance),
     )  # fmt: skip
 

@@ -134,7 +134,7 @@ class IBTM(Merger):
         logits = self.information(normed, logits, tokens.size)
         mask = torch.sigmoid(logits)
         weight = mask.clamp_min(1e-4) if self.soft_weights else None
-        penalty = None if self.log_lambda is None else torch.exp(self.log_lambda) * mask
+        penalty = None if self.log_lambda is None else mask
         return tokens.with_(logits=logits, weight=weight, penalty=penalty)
 
     def _normed(self, tokens: Tokens) -> tuple[Tensor | NormProducts, Tensor]:
@@ -143,7 +143,7 @@ class IBTM(Merger):
         # only where comparisons follow: elsewhere Core ML computes the mask in half precision, which squares overflow
         squares = tokens.squares if tokens.summary is None and self.log_lambda is not None else None
         if squares is not None and torch.compiler.is_exporting():
-            products = NormProducts(tokens.z, squares(), norm.eps, None if first is None else first.weight)
+            products = NormProducts(tokens.z, squares, norm.eps, None if first is None else first.weight)
             return products, tokens.size * 0.0 if products.of_vector is None else products.of_vector + first.bias  # type: ignore[union-attr]
         normed = norm(tokens.z if tokens.summary is None else tokens.summary())
         return normed, tokens.size * 0.0 if first is None else first(normed).reshape(normed.shape[:2])
@@ -152,7 +152,7 @@ class IBTM(Merger):
         if self.threshold is None:
             return even_runs(tokens, keep)
         scores = similarity(tokens.metric)
-        if tokens.penalty is not None:
-            scores = less(scores, tokens.penalty)
+        if tokens.penalty is not None and self.log_lambda is not None:
+            scores = less(scores, tokens.penalty, torch.exp(self.log_lambda))
         soft = threshold_mask(scores, self.threshold) if self.training else None
         return bipartite(scores, keep, prefix=tokens.prefix, ordered=tokens.ordered, soft=soft)

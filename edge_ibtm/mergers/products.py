@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from ..constants import constant
 from ..short_lines import as_type
 from ..tokens import group_mean
+
+Squares = Callable[[float, float], Tensor]
 
 
 class NormProducts:
@@ -18,7 +22,7 @@ class NormProducts:
     features are saved where something else needs the squares |x|^2 [B, N] anyhow.
     """
 
-    def __init__(self, x: Tensor, squares: Tensor, eps: float, vector: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, squares: Squares, eps: float, vector: Tensor | None = None) -> None:
         """vector [1, D]: one that does not depend on x; its products [B, N] are taken with the mean, as `of_vector`."""
         batch, count, width = x.shape
         self.x, self.row = x, constant("sizes", 1, width, like=x) / width
@@ -26,8 +30,9 @@ class NormProducts:
         products = [F.linear(x, rows)]
         if vector is not None:  # picked by products, in XNNPACK half the time of slices
             products = [products[0] @ constant("column", 2, i, like=x) for i in (0, 1)]
-        mean = as_type(products[0].reshape(batch, count), squares.dtype)
-        self.scale = as_type(torch.rsqrt(torch.clamp(squares * (1.0 / width) - mean * mean, min=0.0) + eps), x.dtype)
+        spread = squares(1.0 / width, eps)
+        mean = as_type(products[0].reshape(batch, count), spread.dtype)
+        self.scale = as_type(torch.rsqrt(torch.clamp(spread - mean * mean, min=eps)), x.dtype)
         self.of_vector = None if vector is None else products[1].reshape(batch, count) * self.scale
 
     def mean(self, mass: Tensor) -> Tensor:
