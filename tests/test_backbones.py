@@ -13,6 +13,7 @@ from edge_ibtm.backbones import BACKBONES
 from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
 from edge_ibtm.errors import UsageError
 from edge_ibtm.mergers import IBStep
+from edge_ibtm.surgery import sites_of
 
 
 @torch.no_grad()
@@ -68,3 +69,12 @@ def test_a_model_without_classes_or_pixels_is_refused(name: str, value: object) 
 def test_a_model_without_a_name_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown model None; known: "):
         edge_ibtm.build_model(None)  # type: ignore[arg-type]
+
+
+def test_the_first_of_four_swin_stages_has_a_site_only_where_every_block_has_one() -> None:
+    options = {"img_size": 56, "window_size": 7, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **options)
+    edge_ibtm.insert_mergers(model)
+    assert [name.split(".")[1] for name in sites_of(model)] == ["1", "2", "3"]
+    edge_ibtm.insert_mergers(model, density="block")
+    assert [name.split(".")[1] for name in sites_of(model)] == ["0", "1", "2", "3"]
