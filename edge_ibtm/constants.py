@@ -94,7 +94,7 @@ def _constant(kind: str, *size: int) -> np.ndarray:
         "count": lambda n, factor, start: _affine(factor * np.ones((n, 1)), start),
         "stays": lambda lines, n: np.ones((lines, n, 1)),
         "sizes": lambda lines, n: np.ones((lines, n)),
-        "first": lambda n: _affine(m := np.eye(n) - np.triu(np.ones((n, n)), 1), m.sum(0)),
+        "first": lambda n: np.eye(n) - np.triu(np.ones((n, n)), 1),
         "protect_even": lambda n, k: -PROTECTED * (np.arange(n) * 2 < k)[:, None],
         "protect_odd": lambda n, k: -PROTECTED * (np.arange(n) * 2 + 1 < k),
         "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),

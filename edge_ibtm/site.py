@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .constants import constant
@@ -25,7 +26,7 @@ from .plan import (
     sequence_plan,
 )
 from .short_lines import is_short, squared_lengths
-from .tokens import check_ratio, kept_grid, kept_tokens, tiles
+from .tokens import Route, check_ratio, kept_grid, kept_tokens, tiles
 
 _FIELDS = ("z", "metric", "size", "weight", "masses", "penalty", "importance")
 
@@ -111,7 +112,7 @@ class Site(nn.Module):
 
     def _sequence(self, tokens: Tokens) -> Merged:
         keep = kept_tokens(tokens.z.shape[1], self.keep_ratio, tokens.prefix)
-        route = self.merger.route(tokens, keep)
+        route = self._route(tokens, keep)
         plan = sequence_plan(route, tokens.mass(), self.merger.preserves_norm(tokens))
         return _merged(tokens, plan, None)
 
@@ -140,8 +141,16 @@ class Site(nn.Module):
         plan = GridPlan(grid, kept, cuts, rows, columns, turned and columns is not None)
         return _merged(tokens, PrefixPlan(tokens.prefix, plan) if tokens.prefix else plan, kept)
 
+    def _route(self, tokens: Tokens, keep: int) -> Route:
+        """Where tokens go, without autocast: bfloat16 counts no further than 256."""
+        device = tokens.z.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.merger.route(tokens, keep)
+        with torch.autocast(device, enabled=False):
+            return self.merger.route(tokens, keep)
+
     def _line_plan(self, lines: Tokens, keep: int) -> DensePlan:
-        route = self.merger.route(lines, keep)
+        route = self._route(lines, keep)
         return dense_plan(route, lines.mass(), self.merger.preserves_norm(lines))
 
 

@@ -161,8 +161,8 @@ def row_max(x: Tensor) -> Tensor:
 def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the last axis [..., 1] and the one-hot of its first position [..., n]."""
     top = row_max(x)
-    below = torch.clamp((x - top) * HUGE, -1.0, 0.0)
-    return top, torch.clamp(affine(below, "first", x.shape[-1]), 0.0, 1.0)
+    equal = greater(x, top, 1.0)
+    return top, torch.clamp(equal @ constant("first", x.shape[-1], like=x), 0.0, 1.0)
 
 
 def _before(values: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from edge_ibtm import short_lines, tokens
 from edge_ibtm.errors import UsageError
+from edge_ibtm.mergers import Tokens, make_merger
 from edge_ibtm.plan import GridPlan, dense_plan, sequence_plan
+from edge_ibtm.site import Site
 
 SIZES = st.tuples(st.integers(4, 24), st.integers(0, 3), st.integers(0, 2**31 - 1))
 
@@ -238,3 +240,18 @@ def test_straight_through_has_the_hard_value_and_a_gradient() -> None:
     assert torch.allclose(hard, trained, atol=1e-6)
     (trained @ x).pow(2).sum().backward()
     assert threshold.grad is not None and threshold.grad.abs() > 0
+
+
+@pytest.mark.parametrize("merger", ["tome", "ibtm"])
+def test_autocast_changes_no_decision_of_long_lines(merger: str) -> None:
+    """In bfloat16 a rank above 256 would be rounded, and two tokens have one place."""
+    site = Site(make_merger(merger, 8, 3), 0.6, "sequence")
+    z = torch.randn(1, 701, 8, generator=torch.Generator().manual_seed(0))
+    given = Tokens(z, torch.ones(1, 701), z, prefix=1)
+    wanted = site(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = site(given)
+    assert wanted.plan is not None and got.plan is not None
+    if merger == "tome":
+        assert torch.equal(got.plan.matrix(), wanted.plan.matrix())
+    assert torch.equal(got.plan.matrix().sum(1), torch.ones(1, 701)) and (got.plan.matrix().sum(2) > 0).all()
