@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from edge_ibtm.errors import UsageError
 
@@ -62,6 +63,18 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as name:
         name.write_text(text, encoding="utf-8")
+
+
+def save_tensors(value: Any, file: Any) -> None:
+    """torch.save to a file or its path. An interrupt stays one: the writer then ends its file, which fails and hides it."""
+    import torch
+
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
 def sha256_of(path: Path) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
-from edge_ibtm.files import replacing, write_text
+from edge_ibtm.files import replacing, save_tensors, write_text
 
 if TYPE_CHECKING:
     from edge_ibtm.finetune_loop import Run
@@ -29,12 +29,10 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     target = folder / NAME
     try:
         with replacing(target) as part, part.open("wb") as file:
-            torch.save(state, file)
+            save_tensors(state, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as err:
-        if isinstance(err.__context__, KeyboardInterrupt):  # torch.save ends a half-written file as well, which fails
-            raise err.__context__ from None
         raise EdgeIBTMError(f"checkpoint {target} cannot be written ({err}); free space or choose a folder") from err
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .constants import constant
 from .errors import UsageError
 from .mergers import Merger, Tokens
+from .mergers.base import Squares
 from .mergers.controls import Identity
 from .plan import (
     Change,
@@ -116,7 +117,7 @@ class Site(nn.Module):
         plan = sequence_plan(route, tokens.mass(), self.merger.preserves_norm(tokens))
         return _merged(tokens, plan, None)
 
-    def _squares(self, tokens: Tokens, grid: tuple[int, int] | None) -> Callable[[float, float], Tensor] | None:
+    def _squares(self, tokens: Tokens, grid: tuple[int, int] | None) -> Squares | None:
         """|z_n|^2 from the products that similarities along short rows take anyhow."""
         if grid is None or tokens.prefix or tokens.metric is not tokens.z:
             return None

@@ -9,6 +9,7 @@ from typing import Any
 
 from edge_ibtm.config import Recipe
 from edge_ibtm.errors import CannotRunHere
+from edge_ibtm.files import save_tensors
 from edge_ibtm.lowering import LowerJob, Workers, run_job
 from edge_ibtm.stages import CONVERTED, WEIGHTS, Context, count_correct, load_converted, stacked
 
@@ -84,11 +85,9 @@ def _options(context: Context, product: Product, folder: Path) -> dict[str, Any]
 
 def _calibration_file(context: Context, folder: Path) -> str:
     """The calibration images in a file that the worker reads; it goes when the stage is complete."""
-    import torch
-
     file = folder / "scratch" / "calibration.pt"
     file.parent.mkdir(exist_ok=True)
-    torch.save(stacked(context.data.calibration), file)
+    save_tensors(stacked(context.data.calibration), file)
     return str(file)
 
 

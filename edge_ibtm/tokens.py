@@ -201,7 +201,7 @@ def _line_cosines(metric: Tensor) -> Tensor:
     products = all_products(metric)
     squares = (products * constant("same", length, like=products)) @ constant("ones", length, like=products)
     scale = torch.rsqrt(squares + _EPS)
-    odd = (products * scale * scale.reshape(lines, 1, length)) @ constant("odd_places", length, like=products).t()
+    odd = F.linear(products * scale * scale.reshape(lines, 1, length), constant("odd_places", length, like=products))
     return halves(odd)[0]
 
 

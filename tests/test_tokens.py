@@ -244,8 +244,8 @@ def test_straight_through_has_the_hard_value_and_a_gradient() -> None:
 
 @pytest.mark.parametrize("merger", ["tome", "ibtm"])
 def test_autocast_changes_no_decision_of_long_lines(merger: str) -> None:
-    """In bfloat16 a rank above 256 would be rounded, and two tokens have one place."""
-    site = Site(make_merger(merger, 8, 3), 0.6, "sequence")
+    """In bfloat16 a slot above 256 would be rounded, and two tokens have one place."""
+    site = Site(make_merger(merger, 8, 3), 0.9, "sequence").eval()
     z = torch.randn(1, 701, 8, generator=torch.Generator().manual_seed(0))
     given = Tokens(z, torch.ones(1, 701), z, prefix=1)
     wanted = site(given)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..tokens import Route
 
+Squares = Callable[[float, float], Tensor]
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -38,7 +40,7 @@ class Tokens:
     ordered: bool = False
     summary: Callable[[], Tensor] | None = None
     masses: Tensor | None = None
-    squares: Callable[[float, float], Tensor] | None = None
+    squares: Squares | None = None
 
     def mass(self) -> Tensor:
         """w s [B, N]."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,8 +9,7 @@ from torch import Tensor
 from ..constants import constant
 from ..short_lines import as_type
 from ..tokens import group_mean
-
-Squares = Callable[[float, float], Tensor]
+from .base import Squares
 
 
 class NormProducts:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
-from edge_ibtm.files import check_pte
+from edge_ibtm.files import check_pte, save_tensors
 from edge_ibtm.probe import facts
 from edge_ibtm.probe.loop import ProbeOptions
 from edge_ibtm.probe.results import latency_of, ratios, unique_labels
@@ -107,7 +107,7 @@ def _ask_child(
     with tempfile.TemporaryDirectory(prefix="edge-ibtm-probe-") as folder:
         request = _request(Path(folder), files, threads, options, traced)
         given = [[]] * len(files) if inputs is None else [[x.contiguous() for x in one] for one in inputs]
-        torch.save(given, request["inputs"])
+        save_tensors(given, request["inputs"])
         answer = _run_child(Path(folder), request, files)
         saved = torch.load(request["outputs"], weights_only=True)
         kernels = [_kernel_names(path) if traced else None for path in request["etdump"]]

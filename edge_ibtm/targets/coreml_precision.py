@@ -1,10 +1,10 @@
 """Which operations of a half-precision Core ML program stay in single precision: those that decide what merges.
 
 Scores that lie closer than half precision can tell apart would be ranked in another order than in the eager model, and
-tokens would merge elsewhere. Comparisons multiply by 2^100, which half cannot hold: coremltools
-leaves such an operation in single precision by itself. Everything in a merge site that leads to one (norms, similarities,
-ranks) stays with it; what follows the last comparison (slots, averages, copies of features) holds small integers or
-features and runs in half like the rest of the model.
+tokens would merge elsewhere. Comparisons multiply by 2^100, which half cannot hold: coremltools leaves such an operation in
+single precision by itself. Everything in a merge site that leads to one (norms, similarities, ranks) stays with it; what
+follows the last comparison (slots, averages, copies of features) holds small integers or features and runs in half like the
+rest of the model.
 """
 
 from __future__ import annotations

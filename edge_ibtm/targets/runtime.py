@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from edge_ibtm.errors import EdgeIBTMError, UsageError
-from edge_ibtm.files import check_pte
+from edge_ibtm.files import check_pte, save_tensors
 from edge_ibtm.scalar_types import SCALAR_TYPES
 from edge_ibtm.targets.common import check_example, first_line
 
@@ -131,7 +131,7 @@ def run_isolated(path: Path, images: torch.Tensor, timeout: float = 600.0) -> to
     """
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder, "in.pt"), Path(folder, "out.pt")
-        torch.save(images, given)
+        save_tensors(images, given)
         command = [sys.executable, "-m", "edge_ibtm.targets.runtime", str(path), str(given), str(answer)]
         try:
             child = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
