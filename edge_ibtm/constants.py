@@ -60,51 +60,53 @@ def _odd_slots(length: int, keep: int, prefix: int) -> np.ndarray:
     return slots
 
 
+_MAKERS: dict[str, Callable[..., np.ndarray]] = {
+    "positions": lambda n: np.arange(1, n + 1)[:, None],
+    "before": lambda n: np.tril(np.ones((n, n)), -1),
+    "upto": lambda n: np.triu(np.ones((n, n))),
+    "even_places": lambda n: np.eye(n)[::2],
+    "even_odd": lambda n: np.kron(np.eye(n)[:, ::2], np.eye(n)[:, 1::2]),
+    "even_of_pairs": lambda n: np.kron(np.eye(n)[:, ::2], np.ones((1, n // 2))),
+    "odd_of_pairs": lambda n: np.tile(np.eye(n)[:, 1::2], (1, (n + 1) // 2)),
+    "behind": _behind,
+    "places_left": lambda of, n, g: _affine(-_standing(n, g), of - np.tile(np.arange(n), g)),
+    "places_past": lambda of, n: _affine(_standing(n, 1), np.arange(n) - of),
+    "sums": lambda n, m: np.kron(np.eye(n), np.ones((m, 1))),
+    "even_in_order": lambda n: _affine(-np.triu(np.ones((n, n))) - 2 * n * np.eye(n), 2 * np.arange(n) + 1),
+    "odd_in_order": lambda n, m: _affine(-np.triu(np.ones((n, m))), 2 * np.arange(m) + 2),
+    "to_pairs": lambda n, m: np.tile(np.eye(m), (1, n)),
+    "targets": lambda n, m, keep: np.kron(np.eye(n), _odd_last(1, m, keep, 0)[0]),
+    "odd_places": lambda n: np.eye(n)[1::2],
+    "each_place": lambda keep, n: np.tile(np.eye(n), (1, keep)),
+    "distances": _distances,
+    "distances_of_even": lambda keep, n: _affine(
+        _distances(keep, n)[:-1:2], _distances(keep, n)[-1] + np.tile(_odd_slots(n, keep, 0)[0], keep)
+    ),
+    "row_sums": lambda keep, n: np.kron(np.eye(keep), np.ones((n, n))),
+    "diagonal": lambda n: np.eye(n * n)[:, :: n + 1],
+    "same": lambda n: np.eye(n),
+    "own_line": lambda lines, n: np.kron(np.eye(lines), np.ones((n, n))),
+    "to_own_line": lambda lines, n: np.tile(np.eye(n), (lines, 1)),
+    "ones": lambda n: np.ones((n, 1)),
+    "column": lambda n, i: np.eye(n)[:, i : i + 1],
+    "count": lambda n, factor, start: _affine(factor * np.ones((n, 1)), start),
+    "stays": lambda lines, n: np.ones((lines, n, 1)),
+    "sizes": lambda lines, n: np.ones((lines, n)),
+    "first": lambda n: np.eye(n) - np.triu(np.ones((n, n)), 1),
+    "protect_even": lambda n, k: -PROTECTED * (np.arange(n) * 2 < k)[:, None],
+    "protect_odd": lambda n, k: -PROTECTED * (np.arange(n) * 2 + 1 < k),
+    "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),
+    "pooled": _pooled,
+    "prefix_even": lambda n, k: np.minimum(np.arange(n), k // 2)[None],
+    "odd_last": _odd_last,
+    "odd_slots": _odd_slots,
+    "head": lambda n, k: 1.0 * (np.arange(n) < k)[None],
+}
+
+
 @cache
 def _constant(kind: str, *size: int) -> np.ndarray:
-    makers: dict[str, Callable[..., np.ndarray]] = {
-        "positions": lambda n: np.arange(1, n + 1)[:, None],
-        "before": lambda n: np.tril(np.ones((n, n)), -1),
-        "upto": lambda n: np.triu(np.ones((n, n))),
-        "even_places": lambda n: np.eye(n)[::2],
-        "even_odd": lambda n: np.kron(np.eye(n)[:, ::2], np.eye(n)[:, 1::2]),
-        "even_of_pairs": lambda n: np.kron(np.eye(n)[:, ::2], np.ones((1, n // 2))),
-        "odd_of_pairs": lambda n: np.tile(np.eye(n)[:, 1::2], (1, (n + 1) // 2)),
-        "behind": _behind,
-        "places_left": lambda of, n, g: _affine(-_standing(n, g), of - np.tile(np.arange(n), g)),
-        "places_past": lambda of, n: _affine(_standing(n, 1), np.arange(n) - of),
-        "sums": lambda n, m: np.kron(np.eye(n), np.ones((m, 1))),
-        "even_in_order": lambda n: _affine(-np.triu(np.ones((n, n))) - 2 * n * np.eye(n), 2 * np.arange(n) + 1),
-        "odd_in_order": lambda n, m: _affine(-np.triu(np.ones((n, m))), 2 * np.arange(m) + 2),
-        "to_pairs": lambda n, m: np.tile(np.eye(m), (1, n)),
-        "targets": lambda n, m, keep: np.kron(np.eye(n), _odd_last(1, m, keep, 0)[0]),
-        "odd_places": lambda n: np.eye(n)[1::2],
-        "each_place": lambda keep, n: np.tile(np.eye(n), (1, keep)),
-        "distances": _distances,
-        "distances_of_even": lambda keep, n: _affine(
-            _distances(keep, n)[:-1:2], _distances(keep, n)[-1] + np.tile(_odd_slots(n, keep, 0)[0], keep)
-        ),
-        "row_sums": lambda keep, n: np.kron(np.eye(keep), np.ones((n, n))),
-        "diagonal": lambda n: np.eye(n * n)[:, :: n + 1],
-        "same": lambda n: np.eye(n),
-        "own_line": lambda lines, n: np.kron(np.eye(lines), np.ones((n, n))),
-        "to_own_line": lambda lines, n: np.tile(np.eye(n), (lines, 1)),
-        "ones": lambda n: np.ones((n, 1)),
-        "column": lambda n, i: np.eye(n)[:, i : i + 1],
-        "count": lambda n, factor, start: _affine(factor * np.ones((n, 1)), start),
-        "stays": lambda lines, n: np.ones((lines, n, 1)),
-        "sizes": lambda lines, n: np.ones((lines, n)),
-        "first": lambda n: np.eye(n) - np.triu(np.ones((n, n)), 1),
-        "protect_even": lambda n, k: -PROTECTED * (np.arange(n) * 2 < k)[:, None],
-        "protect_odd": lambda n, k: -PROTECTED * (np.arange(n) * 2 + 1 < k),
-        "random": lambda n, m, seed: np.random.default_rng(seed).random((n, m)),
-        "pooled": _pooled,
-        "prefix_even": lambda n, k: np.minimum(np.arange(n), k // 2)[None],
-        "odd_last": _odd_last,
-        "odd_slots": _odd_slots,
-        "head": lambda n, k: 1.0 * (np.arange(n) < k)[None],
-    }
-    return np.ascontiguousarray(makers[kind](*size), dtype=np.float32)
+    return np.ascontiguousarray(_MAKERS[kind](*size), dtype=np.float32)
 
 
 def constant(kind: str, *size: int, like: Tensor) -> Tensor:
