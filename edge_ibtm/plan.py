@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .constants import constant
-from .short_lines import as_type, averages, is_short, summable
+from .short_lines import as_type, averages, is_short, summable, sums
 from .tokens import Route, row_max, unit
 
 Change = Callable[[Tensor], Tensor]  # of every token [.., D] alone
@@ -49,7 +49,11 @@ class DensePlan:
 
     def total(self, size: Tensor) -> Tensor:
         """Sums over merged tokens of size [R, L]: [R, P]."""
-        return (self.share @ column(size)).reshape(size.shape[0], -1)
+        return sums(self.share, size)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """`pool` of one number a token, whose norm nothing preserves: [R, L] -> [R, P]."""
+        return sums(self.average, values)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class IndexPlan:
 def column(x: Tensor) -> Tensor:
     """[B, N] -> [B, N, 1] as a view that every delegate takes."""
     return x.reshape(*x.shape, 1)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[B, N, 1] -> [B, N]."""
+    return x.reshape(x.shape[:-1])
 
 
 def _with_norm(mean: Tensor, x: Tensor, share: Tensor) -> Tensor:
@@ -133,7 +142,14 @@ class GridPlan:
 
     def total(self, size: Tensor) -> Tensor:
         """Sums over merged tokens of size [B, N]: [B, P]."""
-        return self._down(column(size), lambda plan, x: plan.share @ x).reshape(size.shape[0], -1)
+        return self._numbers(size, DensePlan.total)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """`pool` of one number a token: [B, N] -> [B, P]."""
+        return self._numbers(values, DensePlan.mean)
+
+    def _numbers(self, x: Tensor, step: Callable[[DensePlan, Tensor], Tensor]) -> Tensor:
+        return flat(self._down(column(x), lambda plan, lines: column(step(plan, flat(lines)))))
 
     def _down(self, x: Tensor, step: Callable[[DensePlan, Tensor], Tensor]) -> Tensor:
         if self.rows is not None:

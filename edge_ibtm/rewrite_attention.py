@@ -65,7 +65,10 @@ class SplitAttention(nn.Module):
     """The equal of timm's Attention in eval mode; `q_norm`, `k_norm` and `qkv` can be hooked as on the original.
 
     x [B, N, C], attn_mask additive or boolean, broadcast to [B, h, N, N] -> [B, N, C]. `scale` is 1: it is in q.
+    With several `sequences` S in turn, x is [B, N S, C], token n of sequence s at n S + s, and the mask that of B S.
     """
+
+    sequences = 1
 
     def __init__(self, attn: Any) -> None:
         super().__init__()
@@ -80,26 +83,35 @@ class SplitAttention(nn.Module):
     def of(cls, attn: Any) -> nn.Module:
         return cls(attn) if type(attn.qkv) is nn.Linear else attn  # a layer with arithmetic of its own cannot be split
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim)
+    def _heads(self, x: torch.Tensor, turned: bool = False) -> torch.Tensor:
+        """[B, N S, C] -> [B S, h, N, d]; turned: [B S, h, d, N]."""
+        (batch, tokens, _), each, several = x.shape, (self.num_heads, self.head_dim), self.sequences
+        if several == 1:
+            return x.reshape(batch, tokens, *each).permute((0, 2, 3, 1) if turned else (0, 2, 1, 3))
+        x = x.reshape(batch, tokens // several, several, *each).permute((0, 2, 3, 4, 1) if turned else (0, 2, 3, 1, 4))
+        return x.reshape(batch * several, *x.shape[2:])
+
+    def _joined(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_heads`."""
+        if self.sequences == 1:
+            return x.permute(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], self.attn_dim)
+        x = x.reshape(x.shape[0] // self.sequences, self.sequences, *x.shape[1:]).permute(0, 3, 1, 2, 4)
+        return x.reshape(x.shape[0], x.shape[1] * self.sequences, self.attn_dim)
 
     def forward(self, x: torch.Tensor, attn_mask: Any = None, is_causal: bool = False) -> torch.Tensor:
-        return self.answer(x, x, causal_bias(x.shape[1], x) if is_causal else additive(attn_mask, x))
+        return self.answer(x, x, causal_bias(x.shape[1] // self.sequences, x) if is_causal else additive(attn_mask, x))
 
     def answer(self, asking: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """What the queries of `asking` [B, M, C] get from keys and values of x [B, N, C]: [B, M, C]."""
-        batch, tokens, _ = asking.shape
         q, k, v = self.qkv.q(asking), self.qkv.k(x), self.qkv.v(x)
         if asking is x:
             self.qkv(q, k, v)
-        queries = self.q_norm(self._heads(q).permute(0, 2, 1, 3))
-        keys = self.k_norm(self._heads(k).permute(0, 2, 1, 3))
+        queries, keys = self.q_norm(self._heads(q)), self.k_norm(self._heads(k))
         plain = isinstance(self.k_norm, nn.Identity)
-        keys_t = self._heads(k).permute(0, 2, 3, 1) if plain else keys.transpose(-2, -1)
+        keys_t = self._heads(k, turned=True) if plain else keys.transpose(-2, -1)
         if self.scale != 1.0:
             queries = queries * self.scale
-        out = attend(queries, keys_t, self._heads(v).permute(0, 2, 1, 3), bias)
-        out = self.norm(out.permute(0, 2, 1, 3).reshape(batch, tokens, self.attn_dim))
+        out = self.norm(self._joined(attend(queries, keys_t, self._heads(v), bias)))
         if self.gate is not None:
             out = out * torch.sigmoid(self.gate(asking))
         return self.proj(out)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_ibtm.backbones.mobilevit import MergedMobileVitBlock
-from edge_ibtm.rewrite_attention import linear_of
+from edge_ibtm.rewrite_attention import SplitAttention, linear_of
 from edge_ibtm.rewrite_conv import is_pointwise
 
 
@@ -73,23 +73,32 @@ class MergedOnTokens(MergedMobileVitBlock):
 
     @classmethod
     def of(cls, block: Any) -> nn.Module:
-        """`block` made one of these; itself if its convolutions are of another kind."""
-        if on_tokens(block):
+        """`block` made one of these; itself if its convolutions or its attention are of another kind."""
+        split = [attn for layer in block.transformer if type(attn := layer.attn) is SplitAttention]
+        if len(split) == len(block.transformer) and on_tokens(block):
             block.__class__ = cls
+            for attn in split:
+                attn.sequences = block.patch_area
         return block  # type: ignore[no-any-return]
 
     def between(self, local: Tensor) -> Tensor:
         if not _whole(local, self.patch_size):
             return super().between(local)
         grid = local.shape[2] // self.patch_size[0], local.shape[3] // self.patch_size[1]
-        z = self._each(self.conv_1x1, self._unfold(local, grid))
-        return self._fold(self._each(self.conv_proj, self._global(z, grid)), grid)
+        pixels = self._unfold(local, grid)
+        z = self.conv_1x1.linear(self._each(pixels)).reshape(*pixels.shape[:2], -1)  # type: ignore[operator, union-attr]
+        y: Tensor = self.conv_proj(self._pixels(self._global(z, grid)))  # type: ignore[operator]
+        return self._fold(self._patches(y), grid)
 
-    def _each(self, layer: Any, tokens: Tensor) -> Tensor:
-        """A layer of every pixel of patch tokens [B, N, area * C] -> [B, N, area * C']."""
+    def _pixels(self, tokens: Tensor) -> Tensor:
+        """Patch tokens [B, N, area * C] -> [B, N * area, C], which the attention takes for one sequence a place."""
         batch, count, width = tokens.shape
-        each: Tensor = layer(tokens.reshape(batch, -1, width // self.patch_area))
-        return each.reshape(batch, count, -1)
+        return tokens.reshape(batch, count * self.patch_area, width // self.patch_area)
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """The inverse of `_pixels`."""
+        batch, count, channels = pixels.shape
+        return pixels.reshape(batch, count // self.patch_area, self.patch_area * channels)
 
 
 class Pointwise(nn.Module):

@@ -120,6 +120,18 @@ def averages(share: Tensor, mass: Tensor) -> Tensor:
     return (weighted / torch.clamp(total, min=_EPS)).reshape(share.shape)
 
 
+def sums(share: Tensor, mass: Tensor) -> Tensor:
+    """share @ mass, [R, P], for an assignment or its averages share [R, P, L] and mass [R, L]; lines may be of any length.
+
+    Products with constants, as a delegate packs the second factor of others anew and hands threads a part of each.
+    """
+    lines, kept, length = share.shape
+    if not is_short(length):
+        return ((share * mass.reshape(lines, 1, length)) @ constant("ones", length, like=share)).reshape(lines, kept)
+    weighted = share.reshape(lines, kept * length) * _times(mass, "each_place", kept, length)
+    return _times(weighted, "sums", kept, length)
+
+
 def _behind(x: Tensor, n: int, groups: int) -> Tensor:
     """[R, groups * p]: for entries k < j of a group of n, -1 where entry k is behind entry j, else 0; equal ones in order."""
     return torch.clamp(_times(x, "behind", n, groups), -1.0, 0.0)

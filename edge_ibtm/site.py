@@ -22,6 +22,7 @@ from .plan import (
     PrefixPlan,
     column,
     dense_plan,
+    flat,
     fold_columns,
     fold_rows,
     sequence_plan,
@@ -164,11 +165,6 @@ def _without_prefix(tokens: Tokens) -> Tokens:
     return replace(tokens, prefix=0, **cut)
 
 
-def flat(x: Tensor) -> Tensor:
-    """[B, N, 1] -> [B, N]."""
-    return x.reshape(x.shape[:-1])
-
-
 def ones(z: Tensor) -> Tensor:
     """Sizes [B, N] of the unmerged tokens z [B, N, D]."""
     return constant("sizes", z.shape[0], z.shape[1], like=z)
@@ -205,8 +201,8 @@ def _pooled(tokens: Tokens, plan: GridPlan, lines: Tokens, rows: DensePlan) -> T
         size=rows.total(lines.size).reshape(z.shape[0], -1),
         weight=None,
         masses=rows.total(lines.mass()).reshape(z.shape[0], -1),
-        penalty=_vector(tokens.penalty, plan.pool),
-        importance=_vector(tokens.importance, plan.pool),
+        penalty=None if tokens.penalty is None else plan.mean(tokens.penalty),
+        importance=None if tokens.importance is None else plan.mean(tokens.importance),
     )
 
 

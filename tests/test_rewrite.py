@@ -88,6 +88,17 @@ def test_attention(mask, options):
         torch.testing.assert_close(SplitAttention.of(attn)(x, **kwargs), attn(x, **kwargs), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_takes_sequences_in_turn(qk_norm):
+    torch.manual_seed(0)
+    split = SplitAttention.of(Attention(24, num_heads=3, qk_norm=qk_norm, norm_layer=nn.LayerNorm).eval())
+    x, bias = torch.randn(2, 3, 5, 24), torch.randn(2, 3, 1, 1, 5)  # two images, three sequences of five tokens
+    with torch.no_grad():
+        each = torch.stack([split(x[:, i], bias[:, i]) for i in range(3)], 2).reshape(2, 15, 24)
+        split.sequences = 3
+        torch.testing.assert_close(split(x.transpose(1, 2).reshape(2, 15, 24), bias.reshape(6, 1, 1, 5)), each)
+
+
 def test_attention_can_be_hooked_like_the_original():
     attn = Attention(24, num_heads=3).eval()
     split = SplitAttention.of(copy.deepcopy(attn))

@@ -183,6 +183,17 @@ def test_lines_are_exported_with_the_same_cosines(lines: int, length: int, seed:
 
 
 @settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 2 * short_lines.SHORT), st.integers(0, 10**6))
+def test_masses_are_summed_by_products_with_constants(lines: int, kept: int, length: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    share, mass = torch.rand(lines, kept, length, generator=generator), torch.rand(lines, length, generator=generator)
+    wanted = (share @ mass[..., None])[..., 0]
+    torch.testing.assert_close(short_lines.sums(share, mass), wanted)
+    with exporting():
+        torch.testing.assert_close(short_lines.sums(share, mass), wanted)
+
+
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 10**6))
 def test_the_first_maximum_is_exported_as_it_is(length: int, seed: int) -> None:
     x = torch.randint(-3, 3, (2, 5, length), generator=torch.Generator().manual_seed(seed)).float()  # ties

@@ -120,7 +120,7 @@ class MergedMobileVitBlock(nn.Module):
         if self.density == "once":
             return self._patches(self.norm(transformer(self._pixels(z))))  # type: ignore[operator]
         if self.density == "progressive":
-            return self._normed(self._progressive(z, grid))
+            return self.norm(self._each(self._progressive(z, grid))).reshape(z.shape)  # type: ignore[operator]
         merged = self._site(0, z, grid)
         proportional = bool(self.sites[0].merger.proportional) and merged.plan is not None  # type: ignore[union-attr]
         bias = size_bias(merged.size, self.patch_area) if proportional else None
@@ -130,12 +130,13 @@ class MergedMobileVitBlock(nn.Module):
             y = layer(y, attn_mask=bias)
         if merged.plan is None:
             return self._patches(self.norm(y))  # type: ignore[operator]
-        return self._normed(z + merged.copy(self._patches(y - x)))
+        update = merged.copy(self._patches(y - x))
+        return self.norm(self._each(z) + self._each(update)).reshape(z.shape)  # type: ignore[operator]
 
-    def _normed(self, tokens: Tensor) -> Tensor:
-        """The norm of every pixel of patch tokens [B, N, area * C]."""
-        each = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1] // self.patch_area)
-        return self.norm(each).reshape(tokens.shape)  # type: ignore[operator]
+    def _each(self, tokens: Tensor) -> Tensor:
+        """Patch tokens [B, N, area * C] as maps of their pixels [B * N, area, 1, C], whose mean is a pooling."""
+        batch, count, width = tokens.shape
+        return tokens.reshape(batch * count, self.patch_area, 1, width // self.patch_area)
 
     def _progressive(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         """The first layers merge a bit each for their MLP and all that follows; -> patch tokens, restored step by step."""

@@ -40,9 +40,16 @@ class NormProducts:
 
     def along(self, v: Tensor, factor: Tensor) -> Tensor:
         """Products [B, N] with one vector of mean zero an image, v [B, D], times a factor [], a constant."""
-        batch, count, width = self.x.shape
-        products = (self.x * v.reshape(batch, 1, width)) @ (factor * constant("ones", width, like=v))
-        return products.reshape(batch, count) * self.scale
+        return with_vector(self.x, v * factor) * self.scale
+
+
+def with_vector(x: Tensor, v: Tensor) -> Tensor:
+    """Products [B, N] of tokens x [B, N, D] with a vector each, v [B, D].
+
+    The tokens are the second factor: XNNPACK's kernels fill their columns with them, and would leave all but one empty.
+    """
+    batch, count, width = x.shape
+    return (v.reshape(batch, 1, width) @ x.transpose(1, 2)).reshape(batch, count)
 
 
 def centred(v: Tensor, row: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.operators import node_visitor
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
 
+from edge_ibtm.targets.xnnpack_maps import read_maps
 from edge_ibtm.targets.xnnpack_slabs import in_slabs
 from edge_ibtm.targets.xnnpack_values import NOTHING, inputs_of, output_of, tensor_of
 
@@ -77,7 +78,7 @@ def nominal(params: Any) -> Any:
 
 def simplify(graph: schema.XNNGraph) -> None:
     """Take out nodes that undo each other, and repeated constants; in place. The outputs keep every bit."""
-    while _Graph(graph).simplify():
+    while _Graph(graph).simplify() or read_maps(graph):
         pass
     _share_constants(graph)
 
