@@ -25,6 +25,12 @@ def ratio(results: dict[str, Any], name: str, base: str) -> tuple[float, float, 
     return (percentile(a, 50) / percentile(b, 50), *paired_ratio_interval(a, b))
 
 
+def by_rounds(results: dict[str, Any], name: str) -> str:
+    """The median of every round's ratio to `ours`: what a machine that changes its speed between rounds leaves alone."""
+    a, b = (results.get(n, {}).get("samples") for n in (name, "ours"))
+    return f"{percentile([x / y for x, y in zip(a, b)], 50):.3f}" if a and b else ""
+
+
 def table(record: dict[str, Any]) -> list[str]:
     """Markdown of one model at one number of threads."""
     results, facts = record["results"], record["facts"]
@@ -34,9 +40,9 @@ def table(record: dict[str, Any]) -> list[str]:
     lines = [
         head, "",
         f"{host['cpu']}, {record['repeats']} rounds, load {host['load']} at the start, {record['date']}; ms, batch 1; "
-        f"ratios of medians in this run.", "",
-        f"| variant | p50 | 95 % of p50 | p90 | {over} | MACs / base | MB | subgraphs | load ms |",
-        "|---|" + "--:|" * (7 + len(bases)),
+        f"ratios of medians in this run; by rounds: the median of each round's ratio to ours.", "",
+        f"| variant | p50 | 95 % of p50 | p90 | {over} | by rounds | MACs / base | MB | subgraphs | load ms |",
+        "|---|" + "--:|" * (8 + len(bases)),
     ]  # fmt: skip
     for name, result in results.items():
         lines.append(_row(name, result, record, bases))
@@ -45,15 +51,16 @@ def table(record: dict[str, Any]) -> list[str]:
 
 def _row(name: str, result: dict[str, Any], record: dict[str, Any], bases: list[str]) -> str:
     if "error" in result:
-        return f"| {name} | failed: {result['error']} |" + " |" * (6 + len(bases))
+        return f"| {name} | failed: {result['error']} |" + " |" * (7 + len(bases))
     facts = record["facts"]
     s, fact = summarise(result["samples"]), facts.get(name, {})
     ratios = [ratio(record["results"], name, base) for base in bases]
     cells = [f"{r[0]:.3f}" if r else "" for r in ratios]
     macs = fact.get("macs", 0) / facts["ours"]["macs"] if "ours" in facts else 0
+    rounds = by_rounds(record["results"], name)
     size = f"{fact['bytes'] / 1e6:.1f}" if fact.get("bytes") else ""
     return (
-        f"| {name} | {s['p50']:.2f} | {s['low']:.2f}-{s['high']:.2f} | {s['p90']:.2f} | {' | '.join(cells)} "
+        f"| {name} | {s['p50']:.2f} | {s['low']:.2f}-{s['high']:.2f} | {s['p90']:.2f} | {' | '.join(cells)} | {rounds} "
         f"| {macs:.3f} | {size} | {fact.get('subgraphs', '')} | {result['load_ms']:.0f} |"
     )
 
