@@ -114,8 +114,8 @@ def assign(scores: Tensor, keep: int, drop: bool, ordered: bool) -> tuple[Tensor
 
 def averages(share: Tensor, mass: Tensor) -> Tensor:
     """The assignment share [R, P, L] weighted by mass [R, L], its rows summing to one."""
-    lines, kept, length = share.shape
-    weighted = share.reshape(lines, kept * length) * _times(mass, "each_place", kept, length)
+    _, kept, length = share.shape
+    weighted = _weighted(share, mass)
     total = _times(weighted, "row_sums", kept, length)
     return (weighted / torch.clamp(total, min=_EPS)).reshape(share.shape)
 
@@ -128,8 +128,13 @@ def sums(share: Tensor, mass: Tensor) -> Tensor:
     lines, kept, length = share.shape
     if not is_short(length):
         return ((share * mass.reshape(lines, 1, length)) @ constant("ones", length, like=share)).reshape(lines, kept)
-    weighted = share.reshape(lines, kept * length) * _times(mass, "each_place", kept, length)
-    return _times(weighted, "sums", kept, length)
+    return _times(_weighted(share, mass), "sums", kept, length)
+
+
+def _weighted(share: Tensor, mass: Tensor) -> Tensor:
+    """share [R, P, L] times mass [R, L], flat: [R, P * L]."""
+    lines, kept, length = share.shape
+    return share.reshape(lines, kept * length) * _times(mass, "each_place", kept, length)
 
 
 def _behind(x: Tensor, n: int, groups: int) -> Tensor:

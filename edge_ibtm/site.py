@@ -136,7 +136,7 @@ class Site(nn.Module):
             last = kept[0] == grid[0]
             lines = _lines(current, lambda x: fold_rows(x, grid, cuts[1]), ordered=not (turned and last))
             rows = self._line_plan(lines, kept[1] // cuts[1])
-            current = _pooled(current, GridPlan(grid, (grid[0], kept[1]), cuts, rows, None), lines, rows)
+            current = _pooled(current, GridPlan(grid, (grid[0], kept[1]), cuts, rows, None))
         if kept[0] < grid[0]:
             lines = _lines(current, lambda x: fold_columns(x, (grid[0], kept[1]), cuts[0]), ordered=not turned)
             columns = self._line_plan(lines, kept[0] // cuts[0])
@@ -191,16 +191,16 @@ def _lines(tokens: Tokens, fold: Callable[[Tensor], Tensor], ordered: bool) -> T
     )
 
 
-def _pooled(tokens: Tokens, plan: GridPlan, lines: Tokens, rows: DensePlan) -> Tokens:
+def _pooled(tokens: Tokens, plan: GridPlan) -> Tokens:
     """Tokens after the row pass: features averaged, sizes and masses summed."""
     z = plan.pool(tokens.z)
     return replace(
         tokens,
         z=z,
         metric=z if tokens.metric is tokens.z else plan.pool(tokens.metric),
-        size=rows.total(lines.size).reshape(z.shape[0], -1),
+        size=plan.total(tokens.size),
         weight=None,
-        masses=rows.total(lines.mass()).reshape(z.shape[0], -1),
+        masses=plan.total(tokens.mass()),
         penalty=None if tokens.penalty is None else plan.mean(tokens.penalty),
         importance=None if tokens.importance is None else plan.mean(tokens.importance),
     )

@@ -9,11 +9,12 @@ import timm
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_xnnpack_graph import kinds_of, lowered
+from test_xnnpack_graph import SIGMOID, Graph, kinds_of, lowered
 from torch import nn
 
 from edge_ibtm.targets import xnnpack_slabs
 from edge_ibtm.targets.runtime import run_pte
+from edge_ibtm.targets.xnnpack_values import new_value, tensor_of
 
 
 @settings(max_examples=200, deadline=None)
@@ -95,3 +96,12 @@ def test_a_mobilevit_in_slabs_keeps_every_bit(tmp_path, monkeypatch):
     whole, before = lowered_in(None, model, images, tmp_path / "whole.pte", monkeypatch)
     cut, after = lowered_in(2**15, model, images, tmp_path / "cut.pte", monkeypatch)
     assert torch.equal(cut, whole) and after.count("DepthwiseConv2d") > before.count("DepthwiseConv2d")
+
+
+def test_a_new_value_is_rounded_as_the_one_it_is_like():
+    made = Graph(2, 3)
+    steps = made.convert(0, SIGMOID)
+    values = dict(enumerate(made.graph.xvalues))
+    new = new_value(values, steps, [1, 2, 3])
+    assert new == 2 and values[new].xvalue_union.quant_params == SIGMOID
+    assert tensor_of(values[new]).dims == [1, 2, 3] and tensor_of(values[steps]).dims == [2, 3]

@@ -10,12 +10,11 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,9 +24,8 @@ from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as sc
 
 from edge_ibtm.targets.xnnpack_maps import read_maps
 from edge_ibtm.targets.xnnpack_slabs import in_slabs
-from edge_ibtm.targets.xnnpack_values import NOTHING, inputs_of, output_of, tensor_of
+from edge_ibtm.targets.xnnpack_values import NOTHING, Index, Operator, inputs_of, output_of, tensor_of
 
-Operator = TypeVar("Operator")
 TRANSPOSED_SECOND = 1  # XNN_FLAG_TRANSPOSE_B of xnnpack.h
 
 
@@ -83,19 +81,8 @@ def simplify(graph: schema.XNNGraph) -> None:
     _share_constants(graph)
 
 
-class _Graph:
-    """The graph, with the node that makes each value and the operators that read it."""
-
-    def __init__(self, graph: schema.XNNGraph) -> None:
-        self.graph = graph
-        self.values = {tensor_of(value).id_out: value for value in graph.xvalues}
-        self.maker: dict[int, schema.XNode] = {}
-        self.readers: dict[int, list[Any]] = defaultdict(list)
-        for node in graph.xnodes:
-            operator = node.xnode_union
-            self.maker[output_of(operator)] = node
-            for name in inputs_of(operator):
-                self.readers[getattr(operator, name)].append(operator)
+class _Graph(Index):
+    """The rules, on the graph."""
 
     def simplify(self) -> bool:
         """One pass over all nodes; whether anything changed."""
@@ -116,21 +103,10 @@ class _Graph:
         alone = len(self.readers[operator.input_id]) == 1 and not self.external(operator.input_id)
         return self.made(operator.input_id, kind) if alone else None
 
-    def made(self, value: int, kind: type[Operator]) -> Operator | None:
-        """The operator of `kind` that makes a value."""
-        node = self.maker.get(value)
-        return node.xnode_union if node is not None and isinstance(node.xnode_union, kind) else None
-
     def only_reshaped(self, value: int) -> bool:
         """Whether nothing but reshapes reads a value, which may so have other dims."""
         readers = self.readers[value]
         return not self.external(value) and all(isinstance(reader, schema.XNNStaticReshape) for reader in readers)
-
-    def external(self, value: int) -> bool:
-        return tensor_of(self.values[value]).external_id != NOTHING
-
-    def dims(self, value: int) -> list[int]:
-        return tensor_of(self.values[value]).dims
 
     def bypass(self, operator: Any, source: Any) -> set[int]:
         """Let `operator` read what its source reads; returns the value that goes."""

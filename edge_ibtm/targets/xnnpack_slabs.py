@@ -15,7 +15,7 @@ from typing import Any
 
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
 
-from edge_ibtm.targets.xnnpack_values import NOTHING, inputs_of, output_of, tensor_of
+from edge_ibtm.targets.xnnpack_values import NOTHING, inputs_of, new_value, output_of, tensor_of
 
 SLAB = 2**20  # bytes of a slab's widest value
 FEWEST = 3  # slabs below which the rows computed twice and the copies cost more
@@ -156,10 +156,8 @@ class _Cutter:
 
     def _part(self, like: int, rows: int) -> int:
         """A new value of so many rows, else like another one."""
-        tensor, made = tensor_of(self.values[like]), max(self.values) + 1
-        dims = [tensor.dims[0], rows, *tensor.dims[2:]]
-        self.values[made] = schema.XValue(replace(tensor, dims=dims, external_id=NOTHING, flags=0, id_out=made))
-        return made
+        dims = tensor_of(self.values[like]).dims
+        return new_value(self.values, like, [dims[0], rows, *dims[2:]])
 
 
 def _concatenated(parts: list[int], whole: int) -> Any:
