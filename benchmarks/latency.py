@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, model: str, threads: int, made: tuple[Path, di
         last = (done.stderr.strip().splitlines() or ["?"])[-1]
         raise SystemExit(f"{model}, {threads} threads: the measuring process failed ({done.returncode}): {last[:300]}")
     record = {**{k: request[k] for k in ("model", "size", "threads", "keep_ratio", "repeats")}, "host": host,
-              "date": time.strftime("%Y-%m-%d %H:%M"), "facts": facts, "results": json.loads(lines[0][7:])}  # fmt: skip
+              "date": time.strftime("%Y-%m-%d %H:%M"), "facts": facts, **json.loads(lines[0][7:])}  # fmt: skip
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / f"{model}_{threads}.json").write_text(json.dumps(record))
     return record

@@ -1,12 +1,14 @@
 """Loading one variant in its engine and timing all of them round-robin, in a process with a fixed number of threads.
 
-`python benchmarks/latency_engines.py REQUEST.json` prints one JSON line: {variant name: {samples or error}}.
+`python benchmarks/latency_engines.py REQUEST.json` prints one JSON line: {results: {variant name: {samples or error}},
+cores_ns: what `latency_cores.py` says before every round}.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from latency_variants import Variant, model_of  # noqa: E402
 
 Run = Callable[[], Any]
 SPIN = 0.3  # s; idle OpenMP workers keep a core busy for up to 0.2 s, which would slow whatever is timed next
+WARM = 0.05  # s of untimed runs before each timed one: what a pause or another model's weights left behind is gone by then
 
 
 def _torch(request: dict[str, Any], variant: Variant, image: Any) -> Run:
@@ -83,15 +86,37 @@ ENGINES = {
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Load every variant, warm all up, then time one run of each a round. Milliseconds.
 
-    Each timed run follows an untimed one of the same variant, for an app runs one model again and again; with more threads a
-    pause follows engines that spin.
+    Each timed run follows untimed ones of the same variant, for an app runs one model again and again; with more threads a
+    pause follows engines that spin, and every round says how far apart the cores are.
     """
     import torch
 
     torch.set_num_threads(request["threads"])
     image = torch.randn(1, 3, request["size"], request["size"], generator=torch.Generator().manual_seed(0))
-    runs: dict[str, Run] = {}
     engines = {given["name"]: given["engine"] for given in request["variants"]}
+    runs, results = _loaded(request, image)
+    apart: list[float | None] = []
+    for round_number in range(-request["warmup"], request["repeats"]):
+        if request["threads"] > 1 and round_number >= 0:
+            apart.append(_cores_apart())
+        for name, run in runs.items():
+            until = time.perf_counter() + WARM
+            run()
+            while time.perf_counter() < until:
+                run()
+            start = time.perf_counter()
+            run()
+            taken = 1e3 * (time.perf_counter() - start)
+            if engines[name] != "executorch" and request["threads"] > 1:
+                time.sleep(SPIN)
+            if round_number >= 0:
+                results[name]["samples"].append(round(taken, 4))
+    return {"results": results, "cores_ns": apart}
+
+
+def _loaded(request: dict[str, Any], image: Any) -> tuple[dict[str, Run], dict[str, Any]]:
+    """Every variant that loads and runs once, and by name what that took, or the error."""
+    runs: dict[str, Run] = {}
     results: dict[str, Any] = {}
     for given in request["variants"]:
         variant = Variant(**given)
@@ -106,17 +131,13 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
             continue
         runs[variant.name] = run
         results[variant.name] = {"load_ms": 1e3 * (loaded - start), "first_ms": 1e3 * (first - loaded), "samples": []}
-    for round_number in range(-request["warmup"], request["repeats"]):
-        for name, run in runs.items():
-            run()
-            start = time.perf_counter()
-            run()
-            taken = 1e3 * (time.perf_counter() - start)
-            if engines[name] != "executorch" and request["threads"] > 1:
-                time.sleep(SPIN)
-            if round_number >= 0:
-                results[name]["samples"].append(round(taken, 4))
-    return results
+    return runs, results
+
+
+def _cores_apart() -> float | None:
+    """Round trip between two cores, ns; None where there is one."""
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("latency_cores.py"))], capture_output=True, check=True)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from edge_ibtm.probe.statistics import median_interval, paired_ratio_interval, percentile
 
 COMPARED = ("plain export", "onnxruntime", "ours")
+NEAR = 350  # ns, latency_cores.py: below it two cores share a cache
 
 
 def summarise(samples: list[float]) -> dict[str, float]:
@@ -25,10 +26,29 @@ def ratio(results: dict[str, Any], name: str, base: str) -> tuple[float, float, 
     return (percentile(a, 50) / percentile(b, 50), *paired_ratio_interval(a, b))
 
 
-def by_rounds(results: dict[str, Any], name: str) -> str:
-    """The median of every round's ratio to `ours`: what a machine that changes its speed between rounds leaves alone."""
-    a, b = (results.get(n, {}).get("samples") for n in (name, "ours"))
-    return f"{percentile([x / y for x, y in zip(a, b)], 50):.3f}" if a and b else ""
+def by_rounds(record: dict[str, Any], name: str) -> str:
+    """The median of every round's ratio to `ours`; of rounds with cores near each other and far apart, where a run has both."""
+    a, b = (record["results"].get(n, {}).get("samples") for n in (name, "ours"))
+    if not a or not b:
+        return ""
+    near, far = (_rounds(record, near) for near in (True, False))
+    groups = {"near": near, "far": far} if near and far else {"": range(len(a))}
+    return ", ".join(f"{percentile([a[i] / b[i] for i in rounds], 50):.3f} {kind}".strip() for kind, rounds in groups.items())
+
+
+def _rounds(record: dict[str, Any], near: bool) -> list[int]:
+    """Rounds that began with cores near each other, or far apart."""
+    return [i for i, ns in enumerate(record.get("cores_ns", [])) if ns is not None and (ns < NEAR) == near]
+
+
+def _apart(record: dict[str, Any]) -> str:
+    """What the rounds found of the distance between cores, for a table's head."""
+    known = [ns for ns in record.get("cores_ns", []) if ns is not None]
+    if not known:
+        return ""
+    near = len(_rounds(record, near=True))
+    span = f"{min(known):.0f} to {max(known):.0f} ns apart (round trip of a byte)"
+    return f"; cores {span}, below {NEAR} in {near} of {len(known)} rounds"
 
 
 def table(record: dict[str, Any]) -> list[str]:
@@ -40,7 +60,7 @@ def table(record: dict[str, Any]) -> list[str]:
     lines = [
         head, "",
         f"{host['cpu']}, {record['repeats']} rounds, load {host['load']} at the start, {record['date']}; ms, batch 1; "
-        f"ratios of medians in this run; by rounds: the median of each round's ratio to ours.", "",
+        f"ratios of medians in this run; by rounds: the median of each round's ratio to ours{_apart(record)}.", "",
         f"| variant | p50 | 95 % of p50 | p90 | {over} | by rounds | MACs / base | MB | subgraphs | load ms |",
         "|---|" + "--:|" * (8 + len(bases)),
     ]  # fmt: skip
@@ -57,7 +77,7 @@ def _row(name: str, result: dict[str, Any], record: dict[str, Any], bases: list[
     ratios = [ratio(record["results"], name, base) for base in bases]
     cells = [f"{r[0]:.3f}" if r else "" for r in ratios]
     macs = fact.get("macs", 0) / facts["ours"]["macs"] if "ours" in facts else 0
-    rounds = by_rounds(record["results"], name)
+    rounds = by_rounds(record, name)
     size = f"{fact['bytes'] / 1e6:.1f}" if fact.get("bytes") else ""
     return (
         f"| {name} | {s['p50']:.2f} | {s['low']:.2f}-{s['high']:.2f} | {s['p90']:.2f} | {' | '.join(cells)} | {rounds} "

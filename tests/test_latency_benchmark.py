@@ -1,0 +1,57 @@
+"""The latency benchmark's tables, and how far apart it finds the cores."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import latency_cores
+import latency_report
+
+HOST = {"cpu": "a CPU", "load": 0.0}
+
+
+def record(cores: list[float | None]) -> dict[str, Any]:
+    samples = {"ours": [2.0, 2.0, 4.0, 4.0], "ibtm": [1.0, 1.0, 3.0, 3.0]}
+    results = {name: {"samples": taken, "load_ms": 1.0} for name, taken in samples.items()}
+    facts = {"ours": {"macs": 10, "bytes": 10**6, "subgraphs": 1}, "ibtm": {"macs": 8, "bytes": 10**6, "subgraphs": 1}}
+    return {
+        "model": "m", "size": 32, "threads": 2, "repeats": 4, "host": HOST, "date": "2026-12-01", "facts": facts,
+        "results": results, "cores_ns": cores,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cores, ratio",
+    [([120.0, 130.0, 560.0, 570.0], "0.500 near, 0.750 far"), ([560.0] * 4, "0.625"), ([None] * 4, "0.625"), ([], "0.625")],
+)
+def test_rounds_with_cores_near_and_far_are_told_apart(cores: list[float | None], ratio: str) -> None:
+    assert latency_report.by_rounds(record(cores), "ibtm") == ratio
+    assert latency_report.by_rounds(record(cores), "unknown") == ""
+
+
+def test_the_table_says_how_far_apart_cores_were() -> None:
+    text = "\n".join(latency_report.table(record([120.0, 130.0, 560.0, 570.0])))
+    assert "cores 120 to 570 ns apart (round trip of a byte), below 350 in 2 of 4 rounds" in text
+    assert "| ibtm | 2.00 |" in text and "0.500 near, 0.750 far" in text
+    assert "apart" not in "\n".join(latency_report.table(record([])))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_round_trip_takes_time_and_leaves_the_cores_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_cores, "TRIPS", 100)
+    before = os.sched_getaffinity(0)
+    trip = latency_cores.round_trip_ns()
+    assert trip is not None and trip > 0
+    assert os.sched_getaffinity(0) == before
+
+
+def test_one_core_has_no_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert latency_cores.round_trip_ns() is None
