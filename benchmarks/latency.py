@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py                                            # everything, about an hour, mostly lowering
     python benchmarks/latency.py --models mobilevit_s --threads 1 --repeats 20 --mergers ibtm --densities "" --no-int8
+    python benchmarks/latency.py --threads 2 --cores near                   # only rounds whose two cores share a cache
     python benchmarks/latency.py --prepare                                  # only make the artifacts
     python benchmarks/latency.py --table                                    # only write docs/LATENCY.md from the JSON
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=lambda t: [int(n) for n in names(t)], default=[1, 2])
     p.add_argument("--repeats", type=int, default=60, help="rounds")
     p.add_argument("--warmup", type=int, default=5, help="rounds that are not counted")
+    p.add_argument("--cores", choices=("any", "near", "far"), default="any", help="with 2 threads, only rounds with such cores")
     p.add_argument("--keep-ratio", type=float, default=0.7)
     p.add_argument("--size", type=int, help="pixels; default 256 for MobileViT, else 224")
     p.add_argument("--mergers", type=names, default=names("ibtm,tome,tofu,ltmp,uniform"))
@@ -91,8 +93,9 @@ def run(args: argparse.Namespace, model: str, threads: int, made: tuple[Path, di
     """Time all variants of a model in one child process; the record is written to `--results`."""
     folder, facts = made
     chosen = [v for v in variants(model, args.mergers, args.densities, args.engines, not args.no_int8) if v.name in facts]
+    cores = args.cores if threads > 1 else "any"
     request = {
-        "model": model, "size": args.size or SIZES.get(model, 224), "threads": threads, "folder": str(folder),
+        "model": model, "size": args.size or SIZES.get(model, 224), "threads": threads, "cores": cores, "folder": str(folder),
         "keep_ratio": args.keep_ratio, "repeats": args.repeats, "warmup": args.warmup,
         "variants": [asdict(v) for v in chosen],
     }  # fmt: skip
@@ -107,10 +110,13 @@ def run(args: argparse.Namespace, model: str, threads: int, made: tuple[Path, di
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["?"])[-1]
         raise SystemExit(f"{model}, {threads} threads: the measuring process failed ({done.returncode}): {last[:300]}")
-    record = {**{k: request[k] for k in ("model", "size", "threads", "keep_ratio", "repeats")}, "host": host,
+    record = {**{k: request[k] for k in ("model", "size", "threads", "cores", "keep_ratio")}, "host": host,
               "date": time.strftime("%Y-%m-%d %H:%M"), "facts": facts, **json.loads(lines[0][7:])}  # fmt: skip
+    if not any(result.get("samples") for result in record["results"].values()):
+        raise SystemExit(f"{model}, {threads} threads: no round began and ended with {cores} cores; try again or --cores any")
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / f"{model}_{threads}.json").write_text(json.dumps(record))
+    name = f"{model}_{threads}" + f"_{cores}" * (cores != "any")
+    (args.results / f"{name}.json").write_text(json.dumps(record))
     return record
 
 

@@ -17,11 +17,13 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+from latency_cores import NEAR  # noqa: E402
 from latency_variants import Variant, model_of  # noqa: E402
 
 Run = Callable[[], Any]
 SPIN = 0.3  # s; idle OpenMP workers keep a core busy for up to 0.2 s, which would slow whatever is timed next
 WARM = 0.05  # s of untimed runs before each timed one: what a pause or another model's weights left behind is gone by then
+PATIENCE, POLL = 1500.0, 0.5  # s: for all rounds, and between two looks at the cores
 
 
 def _torch(request: dict[str, Any], variant: Variant, image: Any) -> Run:
@@ -87,31 +89,53 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Load every variant, warm all up, then time one run of each a round. Milliseconds.
 
     Each timed run follows untimed ones of the same variant, for an app runs one model again and again; with more threads a
-    pause follows engines that spin, and every round says how far apart the cores are.
+    pause follows engines that spin. Where the request wants cores `near` each other or `far` apart, a round waits for that,
+    and is dropped where it ends otherwise; after PATIENCE there are as many rounds as there are.
     """
     import torch
 
     torch.set_num_threads(request["threads"])
     image = torch.randn(1, 3, request["size"], request["size"], generator=torch.Generator().manual_seed(0))
-    engines = {given["name"]: given["engine"] for given in request["variants"]}
     runs, results = _loaded(request, image)
+    pauses = {v["name"]: SPIN * (v["engine"] != "executorch" and request["threads"] > 1) for v in request["variants"]}
+    for _ in range(request["warmup"]):
+        _round(runs, pauses)
+    wanted, until = request["cores"], time.monotonic() + PATIENCE
     apart: list[float | None] = []
-    for round_number in range(-request["warmup"], request["repeats"]):
-        if request["threads"] > 1 and round_number >= 0:
-            apart.append(_cores_apart())
-        for name, run in runs.items():
-            until = time.perf_counter() + WARM
+    dropped = 0
+    while len(apart) < request["repeats"] and time.monotonic() < until:
+        before = _cores_apart() if request["threads"] > 1 else None
+        if not _is(before, wanted):
+            time.sleep(POLL)
+            continue
+        taken = _round(runs, pauses)
+        if wanted != "any" and not _is(_cores_apart(), wanted):
+            dropped += 1
+            continue
+        apart.append(before)
+        for name, ms in taken.items():
+            results[name]["samples"].append(ms)
+    return {"results": results, "cores_ns": apart, "dropped": dropped}
+
+
+def _round(runs: dict[str, Run], pauses: dict[str, float]) -> dict[str, float]:
+    """One run of every variant, ms."""
+    taken = {}
+    for name, run in runs.items():
+        until = time.perf_counter() + WARM
+        run()
+        while time.perf_counter() < until:
             run()
-            while time.perf_counter() < until:
-                run()
-            start = time.perf_counter()
-            run()
-            taken = 1e3 * (time.perf_counter() - start)
-            if engines[name] != "executorch" and request["threads"] > 1:
-                time.sleep(SPIN)
-            if round_number >= 0:
-                results[name]["samples"].append(round(taken, 4))
-    return {"results": results, "cores_ns": apart}
+        start = time.perf_counter()
+        run()
+        taken[name] = round(1e3 * (time.perf_counter() - start), 4)
+        time.sleep(pauses[name])
+    return taken
+
+
+def _is(apart: float | None, wanted: str) -> bool:
+    """Whether cores are as near or far as wanted; one core alone has no distance, and everything is wanted of it."""
+    return wanted == "any" or apart is None or (apart < NEAR) == (wanted == "near")
 
 
 def _loaded(request: dict[str, Any], image: Any) -> tuple[dict[str, Run], dict[str, Any]]:

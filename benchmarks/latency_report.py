@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from latency_cores import NEAR
+
 from edge_ibtm.probe.statistics import median_interval, paired_ratio_interval, percentile
 
 COMPARED = ("plain export", "onnxruntime", "ours")
-NEAR = 350  # ns, latency_cores.py: below it two cores share a cache
 
 
 def summarise(samples: list[float]) -> dict[str, float]:
@@ -46,20 +47,23 @@ def _apart(record: dict[str, Any]) -> str:
     known = [ns for ns in record.get("cores_ns", []) if ns is not None]
     if not known:
         return ""
-    near = len(_rounds(record, near=True))
-    span = f"{min(known):.0f} to {max(known):.0f} ns apart (round trip of a byte)"
-    return f"; cores {span}, below {NEAR} in {near} of {len(known)} rounds"
+    text = f"; cores {min(known):.0f} to {max(known):.0f} ns apart (round trip of a byte), "
+    if record["cores"] != "any":
+        return text + f"{record['dropped']} more rounds dropped that ended otherwise"
+    return text + f"below {NEAR} in {len(_rounds(record, near=True))} of {len(known)} rounds"
 
 
 def table(record: dict[str, Any]) -> list[str]:
     """Markdown of one model at one number of threads."""
     results, facts = record["results"], record["facts"]
     bases = [base for base in COMPARED if base in results]
+    rounds = max(len(r.get("samples", [])) for r in results.values())
     head = f"### {record['model']} @ {record['size']}, {record['threads']} thread{'s' * (record['threads'] > 1)}"
+    head += {"near": ", cores that share a cache", "far": ", cores that share no cache"}.get(record.get("cores", "any"), "")
     host, over = record["host"], " | ".join("/ " + base.removesuffix(" export") for base in bases)
     lines = [
         head, "",
-        f"{host['cpu']}, {record['repeats']} rounds, load {host['load']} at the start, {record['date']}; ms, batch 1; "
+        f"{host['cpu']}, {rounds} rounds, load {host['load']} at the start, {record['date']}; ms, batch 1; "
         f"ratios of medians in this run; by rounds: the median of each round's ratio to ours{_apart(record)}.", "",
         f"| variant | p50 | 95 % of p50 | p90 | {over} | by rounds | MACs / base | MB | subgraphs | load ms |",
         "|---|" + "--:|" * (8 + len(bases)),
