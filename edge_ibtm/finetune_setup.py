@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,18 +15,40 @@ if TYPE_CHECKING:
 
 
 def build_accelerator(config: FinetuneConfig) -> Any:
-    """An accelerate.Accelerator; picks up torchrun's and accelerate launch's processes by itself."""
+    """An accelerate.Accelerator; picks up torchrun's and accelerate launch's processes by itself.
+
+    A group of processes made here, not by the caller, is left when the process ends.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
 
     AcceleratorState._reset_state(reset_partial_state=False)  # a process may train twice with other settings
-    return Accelerator(
+    found = _group()
+    accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         cpu=config.device == "cpu",
         # parameters of mask modules have no gradient before merging starts
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if not found and _group() == "gloo":
+        atexit.register(_leave)
+    return accelerator
+
+
+def _group() -> str | None:
+    """Backend of the group of processes that this one is in."""
+    group = torch.distributed
+    return str(group.get_backend()) if group.is_available() and group.is_initialized() else None
+
+
+def _leave() -> None:
+    """Gloo's threads, still running when the interpreter is gone, abort a process that has done all its work.
+
+    NCCL only warns, and would wait for other ranks, which may have failed.
+    """
+    if _group() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def build_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
