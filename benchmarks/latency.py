@@ -10,8 +10,8 @@ The engines compared are not dependencies: pip install onnx onnxruntime openvino
 older pydantic than edge_ibtm, so it gets an environment of its own: pip install litert-torch timm there, its Python as
 `--litert-python`. An engine that is not installed is left out, with a line that says so.
 
-Artifacts are kept under runs/latency and made once; results go to benchmarks/results/latency, one file a model and number
-of threads. Run it on an idle machine.
+Artifacts are kept under runs/latency and made once; results go to benchmarks/results/latency, one file a model, number
+of threads and wanted distance of cores. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from latency_cores import round_trip_ns  # noqa: E402
 from latency_report import ratio, write_tables  # noqa: E402
 from latency_variants import SIZES, Variant, make_file, variants  # noqa: E402
 
@@ -135,6 +136,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.one:
         return make_one(args.one)
+    if args.cores != "any" and round_trip_ns() is None:
+        parser().error(f"--cores {args.cores}: nothing tells here how far apart two cores are (latency_cores.py); use any")
     if not args.table:
         made = {model: prepare(args, model) for model in args.models}
         for threads in () if args.prepare else args.threads:

@@ -19,8 +19,11 @@ THERE, BACK = 0, 256  # bytes on cache lines of their own
 
 
 def round_trip_ns() -> float | None:
-    """Median round trip of a byte, ns, the interpreter's own 50 to 100 ns included; None with fewer than two cores."""
-    usable = os.sched_getaffinity(0)
+    """Median round trip of a byte, ns, the interpreter's own 50 to 100 ns included.
+
+    None with fewer than two cores, and where the system (macOS) puts no process on a core of one's choice.
+    """
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     if len(usable) < 2:
         return None
     cores = sorted(usable)[:2]

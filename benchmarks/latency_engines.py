@@ -134,8 +134,8 @@ def _round(runs: dict[str, Run], pauses: dict[str, float]) -> dict[str, float]:
 
 
 def _is(apart: float | None, wanted: str) -> bool:
-    """Whether cores are as near or far as wanted; one core alone has no distance, and everything is wanted of it."""
-    return wanted == "any" or apart is None or (apart < NEAR) == (wanted == "near")
+    """Whether cores are as near or far as wanted; where nothing tells, they are neither."""
+    return wanted == "any" or (apart is not None and (apart < NEAR) == (wanted == "near"))
 
 
 def _loaded(request: dict[str, Any], image: Any) -> tuple[dict[str, Run], dict[str, Any]]:
@@ -159,7 +159,7 @@ def _loaded(request: dict[str, Any], image: Any) -> tuple[dict[str, Run], dict[s
 
 
 def _cores_apart() -> float | None:
-    """Round trip between two cores, ns; None where there is one."""
+    """Round trip between two cores, ns, None where nothing tells; looked at from a process without this one's threads."""
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("latency_cores.py"))], capture_output=True, check=True)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 

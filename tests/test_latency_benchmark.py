@@ -12,9 +12,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import latency
 import latency_cores
 import latency_engines
 import latency_report
+
+from edge_ibtm.probe.facts import usable_cores
 
 HOST = {"cpu": "a CPU", "load": 0.0}
 
@@ -66,9 +69,10 @@ def test_rounds_with_other_cores_are_dropped(wanted: str, rounds: list[float], m
     }  # fmt: skip
     found = latency_engines.measure(request)
     assert found["results"]["a"]["samples"] == rounds
+    assert found["dropped"] == {"near": 2, "far": 1, "any": 0}[wanted]
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or usable_cores() < 2, reason="needs two cores to choose from")
 def test_a_round_trip_takes_time_and_leaves_the_cores_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency_cores, "TRIPS", 100)
     before = os.sched_getaffinity(0)
@@ -78,5 +82,14 @@ def test_a_round_trip_takes_time_and_leaves_the_cores_as_they_were(monkeypatch: 
 
 
 def test_one_core_has_no_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert latency_cores.round_trip_ns() is None
+
+
+def test_cores_that_cannot_be_told_apart_are_neither_near_nor_far(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert [latency_engines._is(None, wanted) for wanted in ("any", "near", "far")] == [True, False, False]
+    monkeypatch.setattr(latency, "round_trip_ns", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["latency.py", "--cores", "near"])
+    with pytest.raises(SystemExit) as stopped:
+        latency.main()
+    assert stopped.value.code == 2 and "--cores near: nothing tells here" in capsys.readouterr().err
