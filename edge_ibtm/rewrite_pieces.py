@@ -1,7 +1,7 @@
-"""Large linear layers in pieces whose weights stay in a core's cache.
+"""Large linear layers in pieces whose weights stay in a near cache.
 
 XNNPACK's matrix product goes through all weights for every 5 to 7 rows of its input. Weights that do not fit into the
-second-level cache come from further out each time; pieces that fit come from there once, however many rows there are.
+caches at hand come from further out each time; pieces that fit come from there once, however many rows there are.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import nn
 from edge_ibtm.rewrite import rewrite_modules
 from edge_ibtm.rewrite_attention import cut, linear_of
 
-WHOLE = 2560 * 1024  # bytes of weights that stay in one: cutting those of a ViT-S gains with one thread alone (docs/LOG.md)
-PIECE = 1280 * 1024
+LARGEST = 2560 * 1024  # bytes of weights: smaller pieces gain with one thread, on one host (docs/LOG.md, 2026-12-01)
 MOST = 16  # pieces of a layer: each costs operators
 FEW_ROWS = 8  # up to so many the weights are gone through once or twice
 ELEMENTWISE = (nn.GELU, nn.SiLU, nn.ReLU)
@@ -31,10 +30,10 @@ def in_pieces(model: nn.Module) -> nn.Module:
 def pieces(layer: nn.Linear) -> int:
     """The least number of equal parts of a layer's outputs that fit, at most MOST; 1 for a layer that fits whole."""
     weights = layer.weight.numel() * layer.weight.element_size()
-    if weights <= WHOLE:
+    if weights <= LARGEST:
         return 1
     counts = [n for n in range(2, MOST + 1) if layer.out_features % n == 0]
-    return next((n for n in counts if weights <= n * PIECE), max(counts, default=1))
+    return next((n for n in counts if weights <= n * LARGEST), max(counts, default=1))
 
 
 class LinearInPieces(nn.Module):
